@@ -1,0 +1,160 @@
+"""The typed run configuration: one frozen model per section, each field explained under itself. Torch-free.
+
+A recipe subclasses RunConfig and narrows `data`, `model` and `task` to its own section types.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _flag(value: Any) -> Any:
+    # YAML 1.1 reads `on`, `yes` and `off` as booleans; here only the two words that everybody reads alike count.
+    if isinstance(value, bool) or value in ("true", "false"):
+        return value in (True, "true")
+    raise ValueError("write true or false")
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def path_field(default: Any, **options: Any) -> Any:
+    """A field that holds one or several local paths: `~` and `$VARS` expand, and a relative path is taken
+    from the folder of the file that set it (from the working directory when the command line did)."""
+    return Field(default, json_schema_extra={"format": "path"}, **options)
+
+
+class Section(BaseModel):
+    """A config section: immutable, unknown keys refused, each field documented by the string below it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class TrainConfig(Section):
+    global_batch_size: Positive = 64
+    """Samples of one optimizer step over all ranks; the result depends on this number, never on the hardware."""
+    micro_batch_size: Positive | None = None
+    """Most samples that one rank runs in one forward pass; null lets the plan choose."""
+    steps: Positive | None = None
+    """Optimizer steps to train; null when `epochs` is given."""
+    epochs: Positive | None = None
+    """Passes over the training split; null when `steps` is given."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute precision; parameters stay fp32. auto: bf16 on a GPU, fp32 on a CPU."""
+    stop_after_steps: Positive | None = None
+    """Stop early at this step with the schedule of the full length unchanged (staged runs); null trains to the end."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Decay per step of an exponential moving average of the weights, used for evaluation; null turns it off."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps and self.epochs:
+            raise ValueError("train.steps and train.epochs are both set: keep one and set the other to null")
+        return self
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay of matrices; biases and norms are never decayed."""
+    beta1: Share = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: Share = 0.999
+    """AdamW: decay of the second moment."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW: added to the denominator."""
+    momentum: Share = 0.9
+    """SGD: momentum."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_share: Share = 0.06
+    """Share of all steps over which the learning rate rises linearly from 0."""
+    final_lr_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate at the last step as a share of `lr` (cosine and linear)."""
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Largest global gradient norm; null turns clipping off."""
+
+
+class ParallelConfig(Section):
+    strategy: Literal["auto", "single", "ddp"] = "auto"
+    """How training is spread over the ranks. auto: the least sharding that fits."""
+    nodes: Positive = 1
+    """Number of machines."""
+    processes_per_node: Positive | None = None
+    """Ranks on each machine: GPUs, or CPU processes where there is no GPU. null: every visible GPU, else 1."""
+    gpu_ids: list[str] | None = None
+    """GPUs to use, as indices or UUIDs; null uses CUDA_VISIBLE_DEVICES, or every GPU."""
+    timeout_s: Positive = 600
+    """Longest wait for the other ranks in one collective before the run ends and names the missing rank."""
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive | None = None
+    """Save each time so many steps are done; null leaves it to `every_minutes` and the end of training."""
+    every_minutes: Annotated[float, Field(gt=0.0)] | None = 10.0
+    """Save when so many minutes have passed since the last save; null turns it off."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints that are kept; the best one is kept beside them."""
+
+
+class EvalConfig(Section):
+    every_steps: Positive | None = None
+    """Evaluate the validation split each time so many steps are done; null evaluates at the end of each epoch."""
+    metric: str | None = None
+    """Validation metric that picks the best checkpoint; null takes the recipe's own choice."""
+    patience: Positive | None = None
+    """Stop after so many evaluations without a better metric; null never stops early."""
+    batch_size: Positive = 256
+    """Rows of one forward pass in evaluation, on each rank."""
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 1000
+    """Bootstrap samples behind each 95 % interval."""
+
+
+class TrackConfig(Section):
+    log_every_steps: Positive = 10
+    """Write a line of training metrics each time so many steps are done."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases mode. auto: WANDB_MODE if set, online with a key, else offline."""
+    project: str = "dist-train"
+    """W&B project; WANDB_PROJECT goes before the default."""
+    entity: str | None = None
+    """W&B team or user; null takes WANDB_ENTITY or the account's default."""
+    group: str | None = None
+    """W&B group, for runs that belong together."""
+    job_type: str = "train"
+    """W&B job type."""
+    tags: list[str] = []
+    """W&B tags."""
+    upload: Literal["metrics", "tables", "all"] = "metrics"
+    """What leaves the machine: metrics alone, also per-class tables, or also the report."""
+
+
+class RunConfig(Section):
+    recipe: str
+    """The recipe package that reads the data, builds the model and scores it."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """Name of the run and of its directory below `output_dir`; null makes one of recipe and time."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of weights, sample order, augmentation and dropout."""
+    output_dir: Path = path_field(Path("runs"))
+    """Folder that holds the run directories."""
+    data: Section
+    """Where the data comes from and how it is split (the recipe's own keys)."""
+    model: Section
+    """The model (the recipe's own keys)."""
+    task: Section
+    """The loss and what the task needs beside data and model (the recipe's own keys)."""
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()

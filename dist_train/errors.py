@@ -1,0 +1,71 @@
+"""The failures a user can meet, each with the exit code that scripts and schedulers rely on. Torch-free."""
+
+from __future__ import annotations
+
+
+class ToolkitError(Exception):
+    """A failure with a message for the user: what was given, what is allowed, what to change, where it was set.
+
+    Shown as one block without a traceback; `exit_code` becomes the exit status of the command.
+    """
+
+    exit_code = 1
+    title = "error"
+
+
+class ConfigError(ToolkitError):
+    exit_code = 2
+    title = "config error"
+
+
+class DataError(ToolkitError):
+    exit_code = 3
+    title = "data error"
+
+
+class UnsafeInputError(ToolkitError):
+    exit_code = 4
+    title = "unsafe input refused"
+
+
+class NumericError(ToolkitError):
+    exit_code = 10
+    title = "numeric error"
+
+
+class CheckpointError(ToolkitError):
+    exit_code = 11
+    title = "no valid checkpoint"
+
+
+class BusyError(ToolkitError):
+    exit_code = 12
+    title = "run directory in use"
+
+
+class StorageError(ToolkitError):
+    exit_code = 13
+    title = "storage error"
+
+
+class HangError(ToolkitError):
+    exit_code = 14
+    title = "a rank is missing"
+
+
+class CrashError(ToolkitError):
+    exit_code = 15
+    title = "a worker crashed"
+
+
+class Preempted(ToolkitError):  # noqa: N818 - not an error: everything was saved
+    exit_code = 75
+    title = "stopped and saved"
+
+
+def error_for_code(exit_code: int) -> type[ToolkitError]:
+    """The error class that owns `exit_code`; CrashError for a code that none owns."""
+    for kind in ToolkitError.__subclasses__():
+        if kind.exit_code == exit_code:
+            return kind
+    return CrashError

@@ -1,0 +1,58 @@
+"""events.jsonl: what happened in a run, one JSON object a line, appended by the launcher and by every rank. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append `record` as one line in a single write, so that lines of several processes never mix.
+
+    JSON has no NaN: a non-finite number becomes null, and `nonfinite` names the keys.
+    """
+    clean = {key: _finite(value) for key, value in record.items()}
+    broken = [key for key, value in record.items() if clean[key] is None and value is not None]
+    if broken:
+        clean["nonfinite"] = broken
+    line = (json.dumps(clean, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+
+
+def log_event(path: Path, event: str, **fields: Any) -> None:
+    """Append the event with the time in Unix seconds."""
+    append_line(path, {"time": round(time.time(), 3), "event": event, **fields})
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file; a last line cut short by a crash is passed over."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def current_attempt(events: Path) -> int:
+    """The number of the attempt that started last, 0 before the first."""
+    return max((int(record.get("attempt", 0)) for record in read_lines(events)), default=0)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

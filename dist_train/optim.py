@@ -1,0 +1,51 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from dist_train.config import OptimConfig
+
+
+def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) out of `total_steps`.
+
+    Linear warm-up, then a cosine (Loshchilov and Hutter 2017), a line, or a constant. The first step's rate is above 0.
+    """
+    warmup = round(config.warmup_share * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    return config.lr * (config.final_lr_share + (1.0 - config.final_lr_share) * shape)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices with weight decay; biases, norms and other vectors without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD with momentum; fused on a GPU."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    fused = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused or None
+    )

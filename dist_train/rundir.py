@@ -1,0 +1,156 @@
+"""The run directory: where each file of a run lies, who may use it, and how a file is written so that it is whole or absent.
+
+Torch-free, so that the launcher and the worker share it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import BusyError, ConfigError, StorageError
+
+
+class RunDir:
+    """The paths of one run below `<output_dir>/<name>/`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.config = self.path / "config.yaml"
+        self.plan = self.path / "plan.json"
+        self.commands = self.path / "commands.sh"
+        self.environment = self.path / "environment.json"
+        self.data_facts = self.path / "data.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.logs = self.path / "logs"
+        self.checkpoints = self.path / "checkpoints"
+        self.predictions = self.path / "predictions"
+        self.best = self.path / "best"
+        self.report_json = self.path / "report.json"
+        self.report_md = self.path / "report.md"
+        self.report_html = self.path / "report.html"
+        self.accelerate_config = self.path / "accelerate.yaml"
+        self.wandb_id = self.path / "wandb_id"
+        self._lock_file = self.path / ".lock"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def rank_log(self, rank: int) -> Path:
+        return self.logs / f"rank{rank}.log"
+
+    def prediction_file(self, split: str) -> Path:
+        return self.predictions / f"{split}.parquet"
+
+    def create(self) -> None:
+        """Make the directory. BusyError when the name exists, StorageError when the place cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+            self.logs.mkdir()
+        except FileExistsError as error:
+            if not self.path.parent.is_dir():
+                raise _cannot_write(self.path, error) from error
+            raise BusyError(
+                f"the run {self.path} exists already; nothing in it was touched.\n"
+                f"To go on with it:   dist-train resume {self.path}\n"
+                f"To start another:   choose a different name=..."
+            ) from error
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for one live run. BusyError when another process holds it.
+
+        A POSIX record lock: it works across hosts where the file system's locks do, and ends with its process.
+        """
+        try:
+            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        try:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = self._lock_file.read_text(errors="replace").strip() or "another process"
+                raise BusyError(
+                    f"{self.path} is in use by a live run ({holder}); nothing was touched.\n"
+                    "Wait for it to end, or stop it (Ctrl-C saves first), then resume."
+                ) from error
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def existing(path: str | Path) -> RunDir:
+        """The run at `path`. ConfigError when that is no run directory."""
+        run = RunDir(path)
+        if not run.config.is_file():
+            raise ConfigError(
+                f"{run.path} is not a run directory: it has no config.yaml.\n"
+                "`dist-train runs` lists the runs below output_dir."
+            )
+        return run
+
+
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"the run directory {path} cannot be written: {error.strerror or error}.\n"
+        "Choose a writable folder with output_dir=... (a site file can set it once for all runs)."
+    )
+
+
+def default_run_name(recipe: str, now: float) -> str:
+    """Recipe and local time, for example `ticket_routing-20260131-174502`."""
+    return f"{Path(recipe).name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds the whole of it or what it held before, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames and new names in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The StorageError for a write to `path` that failed with `error`."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else (error.strerror or str(error))
+    return StorageError(
+        f"{path} could not be written: {what}.\n"
+        + ("Free some space" if full else "Mend that")
+        + f", then go on with `dist-train resume`. What was committed before is kept. Device: {path.parent}"
+    )

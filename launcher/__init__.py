@@ -1,0 +1,1 @@
+"""Starts and watches training runs. Importing it never imports torch."""

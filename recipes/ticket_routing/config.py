@@ -1,0 +1,114 @@
+"""The keys of the ticket routing recipe, with the defaults that recipe.yaml and demo.yaml build on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_train.config import Positive, RunConfig, Section, Share, path_field
+
+
+class SyntheticConfig(Section):
+    queues: Annotated[int, Field(ge=2, le=64)] = 8
+    """Number of queues."""
+    wrong_label_share: Share = 0.05
+    """Share of tickets whose label is a wrong queue, drawn at random."""
+    near_duplicate_share: Share = 0.03
+    """Share of tickets that repeat an earlier one with small edits."""
+    typo_share: Share = 0.03
+    """Share of words with a typo."""
+    overlap: Share = 0.5
+    """Share of a ticket's words that come from vocabulary that several queues use."""
+    seed: int = 0
+    """Seed of the generator; the same seed and rows give the same tickets."""
+
+
+class DataConfig(Section):
+    path: str | list[str] | None = path_field(None)
+    """CSV, TSV, JSONL or Parquet file(s) (gz too), a folder saved by `datasets`, `hub:NAME` or `synthetic`."""
+    validation_path: str | list[str] | None = path_field(None)
+    """File(s) of the validation split; null takes it from `path`."""
+    test_path: str | list[str] | None = path_field(None)
+    """File(s) of the test split; null takes it from `path`."""
+    revision: str | None = None
+    """Revision of a hub data set; null takes the newest and records it."""
+    rows: Positive = 20_000
+    """Number of tickets that `synthetic` generates."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """What `synthetic` generates."""
+    text_columns: list[str] = ["text"]
+    """Columns joined into the ticket's text, in this order (for example subject and body)."""
+    label_column: str = "label"
+    """Column that holds the queue."""
+    id_column: str | None = None
+    """Column that names a ticket in predictions; null uses the row number."""
+    time_column: str | None = None
+    """Time stamp column: older tickets train, newer ones test; null splits at random within each queue."""
+    split_column: str | None = None
+    """Column with the words train, validation and test; null lets the toolkit split."""
+    validation_share: Share = 0.1
+    """Share of the rows in the validation split."""
+    test_share: Share = 0.2
+    """Share of the rows in the test split."""
+    split_seed: int = 0
+    """Seed of the split, apart from `seed`, so that seeds can be compared on one split."""
+    near_duplicates: Literal["group", "ignore"] = "group"
+    """group: near-duplicate tickets always lie in one split; ignore: only count them."""
+    drop_labels_below: Positive | None = None
+    """Drop queues with fewer rows than this and say so; null refuses a queue with one row."""
+    max_tokens: Annotated[int, Field(ge=8)] = 192
+    """Longest ticket in tokens; the rest of it is cut."""
+    vocab_size: Annotated[int, Field(ge=300)] = 12_000
+    """Size of the BPE vocabulary that is trained on the training split."""
+    tokenizer: str | None = path_field(None)
+    """Folder or hub name of a ready tokenizer; null trains one (or takes that of `model.pretrained`)."""
+    cache_dir: Path = path_field(Path("~/.cache/dist-train"))
+    """Folder of the prepared data, keyed by content."""
+
+    @model_validator(mode="after")
+    def _shares_leave_training_rows(self) -> Self:
+        if self.validation_share + self.test_share >= 0.9:
+            raise ValueError("data.validation_share and data.test_share together leave less than a tenth for training")
+        return self
+
+
+class ModelConfig(Section):
+    kind: Literal["transformer", "lstm", "pretrained"] = "transformer"
+    """Own Transformer encoder, bidirectional LSTM, or a Hugging Face encoder (`pretrained`)."""
+    pretrained: str | None = path_field(None)
+    """Folder or hub name of a Hugging Face encoder, for kind: pretrained."""
+    revision: str | None = None
+    """Revision of the hub model; null takes the newest and records it."""
+    layers: Positive = 2
+    """Encoder or LSTM layers."""
+    width: Positive = 128
+    """Width of the token vectors."""
+    heads: Positive = 4
+    """Attention heads (transformer)."""
+    feedforward: Positive = 512
+    """Inner width of the feed-forward block (transformer)."""
+    dropout: Share = 0.1
+    """Dropout probability in training."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.kind == "pretrained") != (self.pretrained is not None):
+            raise ValueError("model.kind: pretrained and model.pretrained go together: set both or neither")
+        if self.kind == "transformer" and self.width % (2 * self.heads):
+            raise ValueError(f"model.width is {self.width}, but must be an even multiple of model.heads ({self.heads})")
+        return self
+
+
+class TaskConfig(Section):
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weight of each row in the loss; balanced: inverse to the frequency of its queue."""
+    label_smoothing: Share = 0.0
+    """Share of the target spread evenly over all queues."""
+
+
+class Config(RunConfig):
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()

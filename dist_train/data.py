@@ -104,7 +104,8 @@ class Schedule:
 
 def num_micro_batches(num_samples: int, world_size: int, micro_batch_size: int) -> int:
     """Fewest micro-batches of each rank for one step, the same on all ranks."""
-    return -(-(-(-num_samples // world_size)) // micro_batch_size)
+    per_rank = -(-num_samples // world_size)
+    return -(-per_rank // micro_batch_size)
 
 
 def partition(lengths: np.ndarray, world_size: int, micro_batches: int, cap: int) -> list[list[np.ndarray]]:

@@ -1,4 +1,4 @@
-"""events.jsonl: what happened in a run, one JSON object a line, appended by the launcher and by every rank. Torch-free."""
+"""events.jsonl: what happened in a run, one JSON object a line, appended by launcher and ranks. Torch-free."""
 
 from __future__ import annotations
 

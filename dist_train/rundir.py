@@ -1,4 +1,4 @@
-"""The run directory: where each file of a run lies, who may use it, and how a file is written so that it is whole or absent.
+"""The run directory: where each file of a run lies, who may use it, and how its files are written whole.
 
 Torch-free, so that the launcher and the worker share it.
 """

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGINT. A second signal ends the process at once; the newest checkpoint stays whole."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT. A second one ends the process at once; the newest checkpoint stays whole."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None

@@ -74,9 +74,10 @@ def write_shard(path: Path, pieces: list[tuple[Piece, memoryview]]) -> dict[str,
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as stream:
-        for block in (len(text).to_bytes(8, "little"), text, *(data for _, data in pieces)):
+        blocks = [memoryview(len(text).to_bytes(8, "little")), memoryview(text), *(data for _, data in pieces)]
+        for block in blocks:
             digest.update(block)
-            _write_all(stream.fileno(), memoryview(block).cast("B"))
+            _write_all(stream.fileno(), block)
         os.fsync(stream.fileno())
     return {
         "file": path.name,
@@ -155,7 +156,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 def newest_valid(root: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
     """The manifest of the newest checkpoint that verifies, and what is wrong with the newer ones."""
-    damages = []
+    damages: list[Damage] = []
     for step in committed_steps(root):
         try:
             return verify(step_folder(root, step)), damages

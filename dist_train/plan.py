@@ -1,0 +1,151 @@
+"""make_plan: config and hardware to the numbers of a launch. Pure arithmetic and refusals; torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dist_train.config import RunConfig
+from dist_train.data import num_micro_batches
+from dist_train.errors import ConfigError
+from dist_train.hardware import Hardware
+
+# On a CPU small micro-batches win: rows of one length need no padding, and no kernel is starved by few rows.
+_CPU_ROWS = 8
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Everything that a launch decides, as a value that can be printed, saved and compared before anything runs."""
+
+    device: str
+    strategy: str
+    precision: str
+    nodes: int
+    processes_per_node: int
+    threads_per_process: int
+    gpu_ids: tuple[str, ...]
+    global_batch_size: int
+    micro_batch_size: int
+    """Most rows of one micro-batch."""
+    micro_batches: int
+    """Micro-batches of each rank in a full step."""
+    rows: int
+    steps_per_epoch: int
+    steps: int
+    """Optimizer steps of the whole schedule."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes_per_node
+
+    @property
+    def equation(self) -> str:
+        """How the global batch is made, for people."""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        parts = self.world_size * self.micro_batches
+        mean = self.global_batch_size / parts
+        batches = f"{self.micro_batches} micro-batch{'es' * (self.micro_batches > 1)}"
+        size = f"{mean:g}" if mean == int(mean) else f"{mean:.2f} on average"
+        return (
+            f"{self.global_batch_size} samples a step = {ranks} x {batches} x {size} (at most {self.micro_batch_size})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        epochs = round(self.steps / self.steps_per_epoch, 3)
+        return {**asdict(self), "world_size": self.world_size, "equation": self.equation, "epochs": epochs}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> LaunchPlan:
+        fields = {name: value[name] for name in LaunchPlan.__dataclass_fields__}
+        return LaunchPlan(**{**fields, "gpu_ids": tuple(fields["gpu_ids"]), "notes": tuple(fields["notes"])})
+
+
+def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size: int | None = None) -> LaunchPlan:
+    """The launch of `config` on `hardware`. ConfigError for what cannot run, with the key to change.
+
+    `world_size` is given where somebody else has started the ranks already (a bare `accelerate launch`).
+    """
+    notes: list[str] = []
+    device = "cuda" if hardware.gpus else "cpu"
+    processes = _processes_per_node(config, hardware, world_size)
+    world = config.parallel.nodes * processes
+    strategy = config.parallel.strategy
+    if strategy == "auto":
+        strategy = "ddp" if world > 1 else "single"
+    if strategy == "single" and world > 1:
+        raise ConfigError(
+            f"parallel.strategy is single, but {world} ranks were asked for: "
+            "set parallel.strategy to ddp or auto, or parallel.processes_per_node to 1."
+        )
+    if strategy == "ddp" and world == 1:
+        notes.append("parallel.strategy ddp on one rank is the same as single")
+    train = config.train
+    if train.global_batch_size < world:
+        raise ConfigError(
+            f"train.global_batch_size is {train.global_batch_size}, but {world} ranks need at least one sample each: "
+            f"raise it to {world} or more, or lower parallel.processes_per_node."
+        )
+    if train.global_batch_size % world:
+        notes.append(f"{train.global_batch_size} samples do not divide by {world} ranks: the ranks' shares are uneven")
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    if precision == "fp16" and device == "cpu":
+        raise ConfigError("train.precision is fp16, which needs a GPU: set it to fp32 or bf16 (or auto).")
+    cap, micro_batches = _micro_batches(config, device, world)
+    steps_per_epoch = -(-train_rows // train.global_batch_size)
+    if train.steps is None and train.epochs is None:
+        raise ConfigError("train.steps and train.epochs are both null: give one of them, for example train.epochs=3.")
+    steps = train.steps or (train.epochs or 0) * steps_per_epoch
+    if train.global_batch_size > train_rows:
+        notes.append(f"train.global_batch_size is above the {train_rows} training rows: every step trains all of them")
+    return LaunchPlan(
+        device=device,
+        strategy=strategy,
+        precision=precision,
+        nodes=config.parallel.nodes,
+        processes_per_node=processes,
+        threads_per_process=max(1, hardware.cores // processes),
+        gpu_ids=tuple(config.parallel.gpu_ids or ()),
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=cap,
+        micro_batches=micro_batches,
+        rows=train_rows,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        notes=tuple(notes),
+    )
+
+
+def _processes_per_node(config: RunConfig, hardware: Hardware, world_size: int | None) -> int:
+    parallel = config.parallel
+    if world_size is not None:
+        asked = parallel.processes_per_node
+        if asked is not None and asked * parallel.nodes != world_size:
+            raise ConfigError(
+                f"parallel.processes_per_node x parallel.nodes is {asked * parallel.nodes}, but the launcher started "
+                f"{world_size} ranks: set parallel.processes_per_node to null, or start as many ranks."
+            )
+        return world_size // parallel.nodes
+    available = len(hardware.gpus)
+    count = parallel.processes_per_node or len(parallel.gpu_ids or ()) or available or 1
+    if hardware.gpus and parallel.nodes == 1 and count > available:
+        raise ConfigError(
+            f"parallel.processes_per_node is {count}, but {available} GPUs are visible: lower it, or look at "
+            "CUDA_VISIBLE_DEVICES and parallel.gpu_ids."
+        )
+    return count
+
+
+def _micro_batches(config: RunConfig, device: str, world_size: int) -> tuple[int, int]:
+    """(cap in rows, number of micro-batches of each rank)."""
+    size = config.train.global_batch_size
+    per_rank = -(-size // world_size)
+    given = config.train.micro_batch_size
+    if given is not None:
+        return min(given, per_rank), num_micro_batches(size, world_size, min(given, per_rank))
+    if device == "cuda":
+        return per_rank, 1
+    return per_rank, max(1, round(per_rank / _CPU_ROWS))

@@ -1,0 +1,98 @@
+"""metrics.jsonl always, W&B beside it on rank 0. Tracking never stops or slows the training."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dist_train.config import RunConfig
+from dist_train.config_io import flatten
+from dist_train.events import append_line, log_event
+from dist_train.rundir import RunDir, write_atomic
+
+
+class Tracker:
+    """Writes the metric lines of rank 0."""
+
+    def __init__(self, run: RunDir, config: RunConfig, attempt: int) -> None:
+        self.run = run
+        self.attempt = attempt
+        self._wandb = _start_wandb(run, config)
+
+    def log(self, split: str, step: int, samples: int, values: Mapping[str, float | None]) -> None:
+        """One line: the values of `split` after `step` optimizer steps and `samples` samples."""
+        record = {"step": step, "samples": samples, "split": split, **values}
+        append_line(self.run.metrics, {**record, "attempt": self.attempt, "time": round(time.time(), 3)})
+        if self._wandb is not None:
+            named = {f"{split}/{name}": value for name, value in values.items()}
+            self._guard(lambda: self._wandb.log({**named, "samples": samples}, step=step))
+
+    def finish(self, summary: Mapping[str, float]) -> None:
+        if self._wandb is not None:
+            self._guard(lambda: (self._wandb.summary.update(dict(summary)), self._wandb.finish()))
+
+    def _guard(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever W&B meets, the training goes on
+            print(f"W&B is off for the rest of this run: {error}", file=sys.stderr)
+            log_event(self.run.events, "tracking_lost", message=str(error))
+            self._wandb = None
+
+
+def wandb_mode(config: RunConfig) -> str:
+    """online, offline or disabled: the config, then WANDB_MODE, then whether there is a key."""
+    chosen = config.track.wandb
+    if chosen != "auto":
+        return chosen
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if _has_key() else "offline"
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _start_wandb(run: RunDir, config: RunConfig) -> Any:
+    mode = wandb_mode(config)
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        if run.wandb_id.is_file():
+            run_id = run.wandb_id.read_text().strip()
+        else:
+            run_id = os.environ.get("WANDB_RUN_ID") or wandb.util.generate_id()
+            write_atomic(run.wandb_id, run_id + "\n")
+        track = config.track
+        return wandb.init(
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            dir=str(run.path),
+            name=run.name,
+            project=os.environ.get("WANDB_PROJECT") or track.project,
+            entity=track.entity or os.environ.get("WANDB_ENTITY"),
+            group=track.group or os.environ.get("WANDB_RUN_GROUP"),
+            job_type=track.job_type,
+            tags=track.tags or None,
+            config=flatten(config),
+            settings=wandb.Settings(init_timeout=15, silent=True, disable_git=True, console="off"),
+        )
+    except Exception as error:  # no key, no host, no space: the metrics are in metrics.jsonl all the same
+        print(f"W&B is off: {error}", file=sys.stderr)
+        log_event(run.events, "tracking_lost", message=str(error))
+        return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from dist_train.config import RunConfig
 from dist_train.config_io import flatten
@@ -75,13 +76,13 @@ def _start_wandb(run: RunDir, config: RunConfig) -> Any:
         if run.wandb_id.is_file():
             run_id = run.wandb_id.read_text().strip()
         else:
-            run_id = os.environ.get("WANDB_RUN_ID") or wandb.util.generate_id()
+            run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
             write_atomic(run.wandb_id, run_id + "\n")
         track = config.track
         return wandb.init(
             id=run_id,
             resume="allow",
-            mode=mode,
+            mode=cast(Any, mode),
             dir=str(run.path),
             name=run.name,
             project=os.environ.get("WANDB_PROJECT") or track.project,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,6 @@ from dist_train.rundir import storage_error
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
            torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-
-
-@dataclass
-class TrainState:
-    """The loop's counters, saved together with the tensors."""
-
-    step: int = 0
-    samples: int = 0
-    best_value: float | None = None
-    best_step: int | None = None
-    evaluations_without_gain: int = 0
-    nonfinite_in_a_row: int = 0
-    stopped_early: bool = False
 
 
 def named_state(
@@ -50,16 +36,16 @@ def save(
     root: Path,
     engine: Engine,
     tensors: dict[str, Tensor],
-    state: TrainState,
-    extra: dict[str, Any],
+    step: int,
+    meta: dict[str, Any],
     committed: Callable[[str], None],
 ) -> None:
-    """Write the checkpoint of state.step, each rank an equal share of the bytes.
+    """Write the checkpoint of `step` with `meta` in its manifest, each rank an equal share of the bytes.
 
     `committed(folder name)` is called on rank 0 once the checkpoint exists.
     StorageError on all ranks if one of them could not write.
     """
-    final = files.step_folder(root, state.step)
+    final = files.step_folder(root, step)
     temporary = root / f".tmp-{final.name}"
     error = None
 
@@ -81,7 +67,7 @@ def save(
     shards = engine.gather_objects(shard)
     error = None
     if engine.rank == 0:
-        payload = {"step": state.step, "state": asdict(state), "world_size": engine.world_size, **extra}
+        payload = {"step": step, "world_size": engine.world_size, **meta}
 
         def finish() -> None:
             files.write_manifest(temporary, {**payload, "shards": shards})

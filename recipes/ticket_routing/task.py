@@ -1,0 +1,164 @@
+"""Ticket routing as a task: rows from the prepared folder, the model of the config, and the model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dist_train.errors import DataError, UnsafeInputError
+from dist_train.task import Batch
+from recipes.ticket_routing import score
+from recipes.ticket_routing.config import Config, ModelConfig
+from recipes.ticket_routing.data import load_facts, read_split
+from recipes.ticket_routing.model import LSTMEncoder, PretrainedEncoder, TicketClassifier, TransformerEncoder
+
+MODEL_TYPE = "dist_train_ticket_routing"
+
+
+def make_task(config: Config, prepared: Path) -> TicketTask:
+    return TicketTask(config, prepared)
+
+
+class TicketRows:
+    """One split, its token ids read from the memory map."""
+
+    def __init__(self, table: pa.Table, class_weight: np.ndarray) -> None:
+        tokens = table["input_ids"]
+        self.ids = table["row"].to_numpy()
+        self.labels = table["label"].to_numpy().astype(np.int64)
+        self.weights = class_weight[self.labels]
+        # Views of each record batch's memory, not copies; a row is found by its batch and the offsets there.
+        self._values = [chunk.values.to_numpy() for chunk in tokens.chunks]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in tokens.chunks]
+        sizes = [len(chunk) for chunk in tokens.chunks]
+        self._chunk_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        lengths = [np.diff(offsets) for offsets in self._offsets]
+        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int32)
+
+    def take(self, indices: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        return [(self._tokens(int(index)), int(self.labels[index])) for index in indices]
+
+    def _tokens(self, index: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
+        offsets = self._offsets[chunk]
+        local = index - self._chunk_starts[chunk]
+        return self._values[chunk][offsets[local] : offsets[local + 1]]
+
+
+class TicketTask:
+    metric = score.METRIC
+
+    def __init__(self, config: Config, prepared: Path) -> None:
+        self.config = config
+        self.prepared = prepared
+        facts = load_facts(prepared)
+        self.labels: list[str] = facts["labels"]
+        self.vocabulary: int = facts["vocabulary"]
+        counts = np.array([facts["splits"]["train"]["labels"].get(name, 0) for name in self.labels], dtype=np.float64)
+        balanced = counts.sum() / (len(counts) * np.maximum(counts, 1))
+        self._class_weight = balanced if config.task.class_weights == "balanced" else np.ones(len(counts))
+
+    def build_model(self) -> TicketClassifier:
+        return TicketClassifier(self._build_encoder(), self.config.task.label_smoothing)
+
+    def _build_encoder(self) -> nn.Module:
+        model, data = self.config.model, self.config.data
+        if model.kind == "pretrained":
+            assert model.pretrained is not None
+            return PretrainedEncoder(_load_pretrained(model.pretrained, model.revision, self.labels, model.dropout))
+        return _own_encoder(model, self.vocabulary, data.max_tokens, len(self.labels))
+
+    def rows(self, split: str) -> TicketRows:
+        return TicketRows(read_split(self.prepared, split), self._class_weight)
+
+    def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
+        longest = max(len(tokens) for tokens, _ in rows)
+        token_ids = np.zeros((len(rows), longest), dtype=np.int64)
+        token_mask = np.zeros((len(rows), longest), dtype=bool)
+        for index, (tokens, _) in enumerate(rows):
+            token_ids[index, : len(tokens)] = tokens
+            token_mask[index, : len(tokens)] = True
+        labels = np.array([label for _, label in rows], dtype=np.int64)
+        return {
+            "token_ids": torch.from_numpy(token_ids),
+            "token_mask": torch.from_numpy(token_mask),
+            "label": torch.from_numpy(labels),
+        }
+
+    def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
+        return score.prediction_table(read_split(self.prepared, split), outputs["probability"], self.labels)
+
+    def metrics(self, predictions: pa.Table) -> dict[str, float]:
+        return score.metrics(predictions, self.labels)
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, TicketClassifier)
+        shutil.copytree(self.prepared / "tokenizer", folder, dirs_exist_ok=True)
+        if isinstance(model.encoder, PretrainedEncoder):
+            model.encoder.model.save_pretrained(folder)  # type: ignore[operator]
+            return
+        described = {
+            "model_type": MODEL_TYPE,
+            "architectures": [type(model.encoder).__name__],
+            "id2label": {str(index): name for index, name in enumerate(self.labels)},
+            "label2id": {name: index for index, name in enumerate(self.labels)},
+            "vocab_size": self.vocabulary,
+            "max_tokens": self.config.data.max_tokens,
+            "model": self.config.model.model_dump(),
+        }
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        weights = {name: tensor.contiguous() for name, tensor in model.encoder.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def load_model(self, folder: Path) -> TicketClassifier:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        labels = [described["id2label"][str(index)] for index in range(len(described["id2label"]))]
+        if described["model_type"] != MODEL_TYPE:
+            return TicketClassifier(PretrainedEncoder(_load_pretrained(str(folder), None, labels, None)))
+        config = ModelConfig.model_validate(described["model"])
+        encoder = _own_encoder(config, described["vocab_size"], described["max_tokens"], len(labels))
+        encoder.load_state_dict(load_file(folder / "model.safetensors"))
+        return TicketClassifier(encoder)
+
+
+def _own_encoder(config: ModelConfig, vocabulary: int, max_tokens: int, num_labels: int) -> nn.Module:
+    if config.kind == "lstm":
+        return LSTMEncoder(config, vocabulary, num_labels)
+    return TransformerEncoder(config, vocabulary, max_tokens, num_labels)
+
+
+def _load_pretrained(source: str, revision: str | None, labels: list[str], dropout: float | None) -> nn.Module:
+    """A Hugging Face classifier with a head for these labels. Reads safetensors alone, runs no remote code."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UnsafeInputError(
+            f"model.pretrained is {source}, which holds no safetensors weights; pickle weights can run code and are "
+            "not read. Convert them once: load the model where you trust it and call save_pretrained()."
+        )
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+        if dropout is not None:
+            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+                if hasattr(config, key):
+                    setattr(config, key, dropout)
+        return AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except OSError as error:
+        raise DataError(
+            f"model.pretrained is {source}, which could not be loaded: {str(error).splitlines()[0]}\n"
+            "Give a folder with config.json and model.safetensors, or a hub name that this machine can reach."
+        ) from error

@@ -28,28 +28,37 @@ def main(arguments: list[str]) -> int:
     attempt = current_attempt(run.events)
     log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), host=os.uname().nodename)
     try:
-        run_rank(run, attempt)
+        run_rank(run, attempt, tuple(arguments[1:]))
     except ToolkitError as error:
         return _report(run, attempt, rank, error)
     except BaseException as error:
         traceback.print_exc()
         crash = CrashError(f"rank {rank}: {type(error).__name__}: {error}\nThe traceback is in {run.rank_log(rank)}.")
         return _report(run, attempt, rank, crash)
+    log_event(run.events, "rank_finished", attempt=attempt, rank=rank)
     return 0
 
 
-def run_rank(run: RunDir, attempt: int) -> None:
-    """Config, task, engine, resume, train: in this order, on every rank."""
+def run_rank(run: RunDir, attempt: int, arguments: tuple[str, ...] = ()) -> None:
+    """Config, task, engine, resume, train, finish: in this order, on every rank.
+
+    arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT trains nothing.
+    """
     from dist_train.config_io import load_run_config
+    from dist_train.finish import finish
+    from dist_train.loop import train
     from dist_train.recipe import load_recipe
 
+    accepted = {word.removeprefix("--accept=") for word in arguments if word.startswith("--accept=")}
+    evaluate = next((word.removeprefix("--evaluate=") for word in arguments if word.startswith("--evaluate=")), None)
     config = load_run_config(run)
     recipe = load_recipe(config.recipe)
     training = _build(run, config, recipe, attempt)
     try:
-        from dist_train.loop import train
-
-        train(training)
+        _resume(training, _fingerprints(run, recipe), accepted)
+        if evaluate is None:
+            train(training)
+        finish(training, recipe, evaluate or "best")
     finally:
         training.engine.close()
 
@@ -85,12 +94,24 @@ def _build(run: RunDir, config: Any, recipe: Any, attempt: int) -> Any:
         ema = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
     training = Training(config, plan, run, engine, task, optimizer, TrainState(), ema, stop, tracker, lambda: None)
-    training.save = lambda: _save(training)
-    _resume(training)
+    fingerprints = _fingerprints(run, recipe)
+    training.save = lambda: _save(training, fingerprints)
     return training
 
 
-def _save(training: Any) -> None:
+def _fingerprints(run: RunDir, recipe: Any) -> dict[str, str]:
+    """What a checkpoint was made with: a resume compares them."""
+    import hashlib
+    import json
+
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(recipe.config.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return {"code": digest.hexdigest(), "data": json.loads(run.data_facts.read_text())["fingerprint"]}
+
+
+def _save(training: Any, fingerprints: dict[str, str]) -> None:
     from dist_train import checkpoint, checkpoint_files
 
     run, engine, state = training.run, training.engine, training.state
@@ -102,11 +123,12 @@ def _save(training: Any) -> None:
         keep = [state.best_step] if state.best_step is not None else []
         checkpoint_files.prune(run.checkpoints, training.config.checkpoint.keep_last, keep)
 
-    checkpoint.save(run.checkpoints, engine, tensors, state.step, {"state": asdict(state), "scaler": scale}, committed)
+    meta = {"state": asdict(state), "scaler": scale, "fingerprints": fingerprints, "run": run.name}
+    checkpoint.save(run.checkpoints, engine, tensors, state.step, meta, committed)
 
 
-def _resume(training: Any) -> None:
-    """The newest checkpoint that verifies, if there is one; rank 0 looks, all load."""
+def _resume(training: Any, fingerprints: dict[str, str], accepted: set[str]) -> None:
+    """Restore the newest checkpoint that verifies, if there is one; rank 0 looks, all load."""
     from dist_train import checkpoint, checkpoint_files
     from dist_train.loop import TrainState
 
@@ -116,7 +138,9 @@ def _resume(training: Any) -> None:
         raise CheckpointError(manifest)
     if manifest is None:
         return
+    _compare(fingerprints, manifest["fingerprints"], accepted)
     folder = checkpoint_files.step_folder(run.checkpoints, manifest["step"])
+    # 1. weights and buffers  2. optimizer  3. moving average  4. loss scale  5. counters, the data position among them
     checkpoint.load_weights(engine.module, folder, manifest, use_ema=False)
     restored = checkpoint.load_optimizer(engine.module, training.optimizer, folder, manifest)
     if training.ema is not None:
@@ -124,9 +148,23 @@ def _resume(training: Any) -> None:
     if engine.scaler is not None and manifest["scaler"]:
         engine.scaler.load_state_dict(manifest["scaler"])
     training.state = TrainState(**manifest["state"])
+    summary = (
+        f"weights, {restored} optimizer tensors, {'moving average, ' if training.ema else ''}best metric and position "
+        f"(sample {training.state.samples}) restored; saved by {manifest['world_size']} rank(s), now "
+        f"{engine.world_size}; order, learning rate and dropout follow from the step; nothing was dropped"
+    )
     if engine.rank == 0:
-        log_event(
-            run.events, "resumed", step=manifest["step"], optimizer_tensors=restored, saved_by=manifest["world_size"]
+        log_event(run.events, "resumed", step=manifest["step"], summary=summary)
+
+
+def _compare(now: dict[str, str], then: dict[str, str], accepted: set[str]) -> None:
+    changed = [name for name in now if now[name] != then[name] and name not in accepted]
+    if changed:
+        words = " and ".join(changed)
+        raise ConfigError(
+            f"the {words} changed since the checkpoint was saved, so the run would not go on as it began.\n"
+            "Bring back what was, or go on all the same with: dist-train resume RUN "
+            + " ".join(f"--accept {name}" for name in changed)
         )
 
 

@@ -1,0 +1,131 @@
+"""After the training: the best weights are evaluated, exported, loaded back, and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from dist_train import checkpoint, checkpoint_files
+from dist_train.data import row_seeds
+from dist_train.engine import Engine
+from dist_train.errors import CheckpointError, StorageError
+from dist_train.evaluate import evaluate
+from dist_train.events import log_event
+from dist_train.loop import Training
+from dist_train.recipe import Recipe
+from dist_train.rundir import RunDir, fsync_folder, storage_error, write_json
+
+SPLITS = ("validation", "test")
+
+
+def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
+    """Evaluate checkpoint `which` ("best", "last" or a step) on all ranks; rank 0 exports and reports."""
+    run, engine, task, config = training.run, training.engine, training.task, training.config
+    step = _load_checkpoint(training, which)
+    for split in SPLITS:
+        _say(training, f"evaluating step {step} on the {split} split")
+        outputs = evaluate(engine, task, task.rows(split), config.eval.batch_size)
+        if engine.rank == 0:
+            write_table(run.prediction_file(split), task.predictions(split, outputs))
+    if engine.rank == 0:
+        _export(training, step)
+    # The other ranks are done; what follows needs no collective, and may take longer than one may wait for.
+    engine.close()
+    if engine.rank == 0:
+        report = build(run, recipe, config, lambda text: _say(training, text))
+        if training.tracker is not None:
+            test = report["metrics"].get("test", {})
+            training.tracker.finish({f"test/{name}": entry["value"] for name, entry in test.items()})
+
+
+def build(run: RunDir, recipe: Recipe, config: Any, say: Any) -> dict[str, Any]:
+    """Baselines and report from the kept predictions. Torch-free."""
+    from dist_train.report import build_report
+
+    folder = Path(json.loads(run.data_facts.read_text())["folder"])
+    baselines = recipe.score.baselines(folder, config, say)
+    say("writing the report")
+    return build_report(run, recipe.score, baselines, config)
+
+
+def _load_checkpoint(training: Training, which: str) -> int:
+    """Put the weights of the checkpoint into the module. Returns its step."""
+    run, state = training.run, training.state
+    steps = {"best": state.best_step, "last": state.step}
+    step = steps[which] if which in steps else int(which)
+    if step is None:
+        raise CheckpointError("no checkpoint was evaluated yet, so there is no best one: resume the run first.")
+    folder = checkpoint_files.step_folder(run.checkpoints, step)
+    try:
+        manifest = checkpoint_files.verify(folder)
+    except checkpoint_files.Damage as damage:
+        raise CheckpointError(
+            f"the {which} checkpoint cannot be used: {damage}.\n"
+            f"Checkpoints that are there: {checkpoint_files.committed_steps(run.checkpoints)}. "
+            f"Evaluate another with: dist-train eval {run.path} --checkpoint last"
+        ) from damage
+    checkpoint.load_weights(training.engine.module, folder, manifest, use_ema=training.ema is not None)
+    return step
+
+
+def write_table(path: Path, table: Any) -> None:
+    """A Parquet file that is whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _export(training: Training, step: int) -> None:
+    """Write best/ beside the old one, load it back, and only then put it in its place."""
+    run, task, engine = training.run, training.task, training.engine
+    temporary = run.path / ".best.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        task.save_model(engine.module, temporary)
+        write_json(temporary / "dist_train.json", {"run": run.name, "step": step})
+    except OSError as error:
+        raise storage_error(run.best, error) from error
+    _check_loads_back(engine, task.load_model(temporary), training)
+    old = run.path / ".best.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if run.best.exists():
+        os.rename(run.best, old)
+    os.rename(temporary, run.best)
+    fsync_folder(run.path)
+    shutil.rmtree(old, ignore_errors=True)
+    log_event(run.events, "exported", step=step, folder=str(run.best))
+
+
+def _check_loads_back(engine: Engine, loaded: nn.Module, training: Training) -> None:
+    """The exported folder holds the very weights, and they predict."""
+    there = loaded.state_dict()
+    for name, tensor in engine.module.state_dict().items():
+        if name not in there or not torch.equal(tensor.cpu(), there[name].cpu()):
+            raise StorageError(f"{training.run.best} could not be loaded back: {name} is not what was saved.")
+    rows = training.task.rows("validation")
+    few = np.arange(min(2, len(rows.ids)))
+    batch = training.task.collate(rows.take(few), row_seeds(0, 0, rows.ids[few]))
+    batch["weight"] = torch.ones(len(few))
+    with torch.no_grad():
+        outputs = loaded.eval()(batch)
+    if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
+        raise StorageError(f"{training.run.best} was loaded back, but its predictions are not finite.")
+
+
+def _say(training: Training, text: str) -> None:
+    if training.engine.rank == 0:
+        print(text, flush=True)
+        log_event(training.run.events, "progress", message=text)

@@ -1,0 +1,161 @@
+"""The command line. Commands are imported when they are called, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from dist_train import __version__
+from dist_train.errors import ToolkitError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="dist-train")
+def cli() -> None:
+    """Train, evaluate and report: the same command and the same numbers on any hardware.
+
+    Settings are given as key=value, for example train.epochs=3; `dist-train recipes --keys RECIPE` lists them.
+    """
+
+
+@cli.command(short_help="Train a recipe to its report.")
+@click.argument("recipe")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
+@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
+@click.option("--strategy", help="Same as parallel.strategy=NAME.")
+@click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
+def run(recipe: str, settings: tuple[str, ...], debug: bool, **flags: Any) -> None:
+    """Train RECIPE, evaluate it against its baselines and write the report.
+
+    RECIPE is a shipped recipe (ticket_routing, ticket_routing/demo) or the path of a recipe.yaml.
+    """
+    from launcher import start
+    from launcher.summary import print_summary
+
+    print_summary(start.run(recipe, [*settings, *_flag_settings(flags)], debug))
+
+
+@cli.command(short_help="Go on with a run that was stopped.")
+@click.argument("run_dir")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--accept", multiple=True, type=click.Choice(["code", "data"]), help="Go on although this changed.")
+@click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
+@click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
+def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], debug: bool, **flags: Any) -> None:
+    """Go on from the newest whole checkpoint of RUN_DIR, on any number of ranks.
+
+    What defines the result (data, model, optimizer, batch, schedule) cannot change; parallel.*, checkpoint.*, track.*
+    and train.stop_after_steps can.
+    """
+    from launcher import start
+    from launcher.summary import print_summary
+
+    print_summary(start.resume(run_dir, [*settings, *_flag_settings(flags)], list(accept), debug))
+
+
+@cli.command(short_help="Show what a run would do, and start nothing.")
+@click.argument("recipe")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
+@click.option("--strategy", help="Same as parallel.strategy=NAME.")
+def plan(recipe: str, settings: tuple[str, ...], **flags: Any) -> None:
+    """Read RECIPE and its data, and print the resolved settings with their origin and the launch plan."""
+    from launcher.inspect_run import show_plan
+
+    show_plan(recipe, [*settings, *_flag_settings(flags)])
+
+
+@cli.command("eval", short_help="Evaluate a checkpoint of a run again.")
+@click.argument("run_dir")
+@click.option("--checkpoint", default="best", show_default=True, help="best, last, or a step.")
+def eval_command(run_dir: str, checkpoint: str) -> None:
+    """Evaluate a checkpoint of RUN_DIR on validation and test, and write predictions and report anew."""
+    from launcher import start
+    from launcher.summary import print_summary
+
+    print_summary(start.evaluate(run_dir, checkpoint))
+
+
+@cli.command(short_help="Write a run's report again.")
+@click.argument("run_dir")
+def report(run_dir: str) -> None:
+    """Build report.json, report.md and report.html of RUN_DIR from its kept predictions."""
+    from launcher.inspect_run import rebuild_report
+    from launcher.summary import print_summary
+
+    print_summary(rebuild_report(run_dir))
+
+
+@cli.command(short_help="List runs, or compare two.")
+@click.argument("action", type=click.Choice(["list", "diff"]), default="list")
+@click.argument("names", nargs=-1)
+@click.option("--output-dir", default="runs", show_default=True, help="Folder that holds the runs.")
+def runs(action: str, names: tuple[str, ...], output_dir: str) -> None:
+    """`runs list` shows the runs below a folder; `runs diff A B` compares settings and results of two."""
+    from launcher.runs import print_diff, print_list
+
+    if action == "diff":
+        if len(names) != 2:
+            raise click.UsageError("runs diff takes two runs: dist-train runs diff A B")
+        print_diff(*names, output_dir=output_dir)
+    else:
+        print_list(output_dir)
+
+
+@cli.command(short_help="Check this machine.")
+def doctor() -> None:
+    """Check Python, packages, GPUs, disk, network names and tracking, each with its fix."""
+    from launcher.doctor import print_checks
+
+    sys.exit(0 if print_checks() else 1)
+
+
+@cli.command(short_help="List the shipped recipes, or a recipe's keys.")
+@click.option("--keys", "keys_of", metavar="RECIPE", help="Print every key of this recipe with its default.")
+@click.option("--schema", "schema_of", metavar="RECIPE", help="Print the JSON Schema of its files, for editors.")
+def recipes(keys_of: str | None, schema_of: str | None) -> None:
+    """List the shipped recipes with what each is for."""
+    from launcher.recipes_list import print_keys, print_recipes, print_schema
+
+    if keys_of:
+        print_keys(keys_of)
+    elif schema_of:
+        print_schema(schema_of)
+    else:
+        print_recipes()
+
+
+def _flag_settings(flags: dict[str, Any]) -> list[str]:
+    """The flags that are short for a setting, as that setting."""
+    keys = {
+        "nodes": "parallel.nodes",
+        "gpus_per_node": "parallel.processes_per_node",
+        "strategy": "parallel.strategy",
+        "gpu_ids": "parallel.gpu_ids",
+    }
+    given = {keys[name]: value for name, value in flags.items() if value is not None}
+    return [f"{key}=[{value}]" if key == "parallel.gpu_ids" else f"{key}={value}" for key, value in given.items()]
+
+
+def main() -> None:
+    """Run the command line; a failure becomes one clear block and its exit code."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except ToolkitError as error:
+        print(f"\n{error.title}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("\nstopped; nothing was started.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

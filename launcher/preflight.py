@@ -1,0 +1,74 @@
+"""Checks before anything starts, each with its fix."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from dist_train.errors import BusyError, ConfigError, StorageError
+from dist_train.hardware import Hardware, find_gpu
+from dist_train.plan import LaunchPlan
+from dist_train.rundir import RunDir, storage_error
+
+# Below this a run would hardly write its logs; the checkpoints' need is known once the model is.
+_LEAST_FREE_MIB = 64
+
+
+def check_imports() -> None:
+    """The packages that the ranks import, found without importing them."""
+    missing = [name for name in ("torch", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} cannot be imported: install the project as its README says.")
+
+
+def check_output(run: RunDir) -> None:
+    """The run's name is free and its folder can be written, tried by writing. BusyError, StorageError."""
+    if run.path.exists() or run.path.is_symlink():
+        raise BusyError(
+            f"the run {run.path} exists already; nothing in it was touched.\n"
+            f"To go on with it:   dist-train resume {run.path}\n"
+            "To start another:   give it another name=..."
+        )
+    folder = _existing_parent(run.path.parent)
+    probe = folder / f".dist-train-probe-{os.getpid()}"
+    try:
+        # As root os.access says yes everywhere: only a write tells.
+        probe.write_bytes(b"\0" * 4096)
+        free_mib = shutil.disk_usage(folder).free / 2**20
+    except OSError as error:
+        raise _unwritable(run.path.parent, error) from error
+    finally:
+        # Where the write has failed this fails with the same cause, which is being reported.
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    if free_mib < _LEAST_FREE_MIB:
+        raise StorageError(
+            f"{folder} has {free_mib:.0f} MiB free, but a run needs {_LEAST_FREE_MIB} MiB at the very least: "
+            "free some space, or choose another folder with output_dir=..."
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _unwritable(folder: Path, error: OSError) -> StorageError:
+    if error.errno in (28, 122):
+        return storage_error(folder, error)
+    return StorageError(
+        f"the output folder {folder} cannot be written: {error.strerror or error}.\n"
+        "Choose a writable one with output_dir=... (the site file can set it once for all runs)."
+    )
+
+
+def check_gpus(plan: LaunchPlan, hardware: Hardware) -> None:
+    """Each GPU of parallel.gpu_ids is there."""
+    for word in plan.gpu_ids:
+        if find_gpu(hardware.gpus, word) is None:
+            known = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in hardware.gpus) or "none"
+            raise ConfigError(f"parallel.gpu_ids names {word}, but the visible GPUs are: {known}.")

@@ -1,0 +1,195 @@
+"""Start the ranks, forward signals to them, find out why they ended, leave none behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+
+import psutil
+
+from dist_train.errors import CrashError, ToolkitError, error_for_code
+from dist_train.events import read_lines
+from dist_train.rundir import RunDir
+
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.1
+# How long the other ranks may take to end by themselves once one has died.
+_GRACE_S = 10.0
+
+
+@dataclass
+class Ranks:
+    """What the events of this attempt say about its ranks."""
+
+    pids: dict[int, int] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+    failures: list[dict[str, object]] = field(default_factory=list)
+
+
+def read_ranks(run: RunDir, attempt: int) -> Ranks:
+    ranks = Ranks()
+    for record in read_lines(run.events):
+        if record.get("attempt") != attempt:
+            continue
+        if record["event"] == "rank_started":
+            ranks.pids[int(record["rank"])] = int(record["pid"])
+        elif record["event"] == "rank_finished":
+            ranks.finished.add(int(record["rank"]))
+        elif record["event"] == "failed":
+            ranks.failures.append(record)
+    return ranks
+
+
+class Supervisor:
+    """Runs one attempt to its end."""
+
+    def __init__(self, run: RunDir, attempt: int) -> None:
+        self.run = run
+        self.attempt = attempt
+        self.asked_to_stop = 0
+        self._events_size = -1
+        self._ranks = Ranks()
+        self._vanished: dict[int, int] = {}
+        self._died_at: float | None = None
+
+    def run_to_end(self, command: list[str], environment: dict[str, str], watch: Callable[[], None]) -> None:
+        """Start `command` and wait, calling `watch` often. Returns when all went well, else raises the cause."""
+        previous = {number: signal.signal(number, self._on_signal) for number in _FORWARDED}
+        log = self.run.logs / "launcher.log"
+        try:
+            with open(log, "ab") as stream:
+                # A session of its own: Ctrl-C on the terminal reaches only us, and we tell the ranks.
+                child = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=stream,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            try:
+                self._wait(child, watch)
+            finally:
+                self._kill_all(child)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        watch()
+        self._raise_cause(child.returncode)
+
+    def _wait(self, child: subprocess.Popen[bytes], watch: Callable[[], None]) -> None:
+        forwarded = 0
+        while child.poll() is None:
+            self._look()
+            if self.asked_to_stop > forwarded:
+                forwarded = self.asked_to_stop
+                self._tell_ranks(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
+                if forwarded > 1 or not self._ranks.pids:
+                    return
+            if (self._vanished or self._ranks.failures) and self._died_at is None:
+                self._died_at = time.monotonic()
+            if self._died_at is not None and time.monotonic() - self._died_at > _GRACE_S:
+                return
+            watch()
+            time.sleep(_POLL_S)
+        self._look()
+
+    def _look(self) -> None:
+        """Read new events, and note ranks that are gone without having said why."""
+        size = self.run.events.stat().st_size
+        if size != self._events_size:
+            self._ranks, self._events_size = read_ranks(self.run, self.attempt), size
+        explained = self._ranks.finished | {int(str(record["rank"])) for record in self._ranks.failures}
+        for rank, pid in self._ranks.pids.items():
+            if rank not in explained and rank not in self._vanished and not _alive(pid):
+                # It may have written its last event after we read them.
+                self._ranks = read_ranks(self.run, self.attempt)
+                said = self._ranks.finished | {int(str(record["rank"])) for record in self._ranks.failures}
+                if rank not in said:
+                    self._vanished[rank] = pid
+
+    def _tell_ranks(self, number: signal.Signals) -> None:
+        for pid in self._ranks.pids.values():
+            _kill(pid, number)
+
+    def _kill_all(self, child: subprocess.Popen[bytes]) -> None:
+        self._look()
+        for pid in [*self._ranks.pids.values(), child.pid]:
+            _kill(pid, signal.SIGKILL)
+        child.wait()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop += 1
+
+    def _raise_cause(self, returncode: int) -> None:
+        ranks = read_ranks(self.run, self.attempt)
+        # A rank that names a cause knows more than the ranks that lost it: those only saw a broken connection.
+        for record in ranks.failures:
+            code = int(str(record["code"]))
+            if code != CrashError.exit_code:
+                raise error_for_code(code)(str(record["message"]))
+        if self._vanished and not (self.asked_to_stop > 1):
+            rank, pid = next(iter(self._vanished.items()))
+            raise CrashError(
+                f"rank {rank} (process {pid}) was killed from outside, without a word: out of memory, perhaps, or "
+                f"kill -9.\n{self._what_next(rank)}"
+            )
+        if ranks.failures:
+            record = ranks.failures[0]
+            raise CrashError(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
+        if self.asked_to_stop:
+            raise _stopped(f"stopped before a step was saved.\n{self._what_next(0)}")
+        if returncode != 0:
+            raise CrashError(
+                f"the ranks could not be started (exit status {returncode}); see {self.run.logs / 'launcher.log'}."
+            )
+
+    def _what_next(self, rank: int) -> str:
+        return (
+            f"Its log: {self.run.rank_log(rank)}\n"
+            f"Go on from the newest checkpoint with: dist-train resume {self.run.path}"
+        )
+
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def die_with_parent() -> None:
+    """In the child, before it becomes the command: the kernel kills it when we die, whatever kills us."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _stopped(message: str) -> ToolkitError:
+    error = ToolkitError(message)
+    error.exit_code = 128 + signal.SIGINT
+    error.title = "stopped"
+    return error
+
+
+def read_output(command: list[str]) -> str | None:
+    """What a short command prints; None when it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+        os.kill(pid, number)

@@ -1,0 +1,199 @@
+"""The commands that train: run and resume. Config, preflight, data, plan, run directory, ranks, in this order."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dist_train.recipe import Recipe, load_recipe
+
+from dist_train import config_io
+from dist_train.config import RunConfig
+from dist_train.errors import ConfigError, DataError
+from dist_train.events import current_attempt, log_event
+from dist_train.hardware import Hardware, detect_hardware
+from dist_train.plan import LaunchPlan, make_plan
+from dist_train.rundir import RunDir, default_run_name, write_atomic, write_json
+from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
+from launcher.preflight import check_gpus, check_imports, check_output
+from launcher.process import Supervisor, read_output
+from launcher.watch import Watch
+
+_PACKAGES = ("torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
+
+
+def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
+    """Train from a recipe file to the report, in a new run directory."""
+    loaded = config_io.load(recipe_name, overrides)
+    config = loaded.config
+    directory = RunDir(config.output_dir / (config.name or default_run_name(config.recipe, time.time())))
+    check_imports()
+    check_output(directory)
+    recipe = load_recipe(config.recipe)
+    facts = prepare_data(config, recipe)
+    hardware = detect_hardware()
+    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
+    check_gpus(plan, hardware)
+    directory.create()
+    with directory.locked():
+        write_atomic(directory.config, config_io.dump(config, loaded.sources, directory.name))
+        write_json(directory.data_facts, facts)
+        write_json(directory.environment, _environment(config, hardware))
+        _attempt(directory, config, plan, hardware, debug)
+    return directory
+
+
+def resume(path: str, overrides: list[str], accept: list[str], debug: bool = False) -> RunDir:
+    """Go on from the newest checkpoint that verifies, with the same result as if nothing had happened."""
+    directory = RunDir.existing(path)
+    with directory.locked():
+        before = config_io.load_run_config(directory)
+        config = config_io.resume_overrides(before, overrides)
+        recipe = load_recipe(config.recipe)
+        facts = _same_data(directory, config, recipe, accept)
+        hardware = detect_hardware()
+        plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
+        check_gpus(plan, hardware)
+        if overrides:
+            write_atomic(directory.config, config_io.dump(config, {}, directory.name))
+        write_json(directory.data_facts, facts)
+        _attempt(directory, config, plan, hardware, debug, tuple(f"--accept={word}" for word in accept))
+    return directory
+
+
+def evaluate(path: str, checkpoint: str) -> RunDir:
+    """Evaluate a checkpoint of the run again, on the ranks of its config, and rebuild predictions and report."""
+    directory = RunDir.existing(path)
+    if checkpoint not in ("best", "last") and not checkpoint.isdigit():
+        raise ConfigError(f"--checkpoint is {checkpoint}, but must be best, last or a step.")
+    with directory.locked():
+        config = config_io.load_run_config(directory)
+        hardware = detect_hardware()
+        facts = json.loads(directory.data_facts.read_text())
+        plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
+        _attempt(directory, config, plan, hardware, False, (f"--evaluate={checkpoint}",))
+    return directory
+
+
+def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
+    """The facts of the prepared data, with the folder that holds it."""
+    folder = recipe.data.prepare(config, lambda text: print(text, flush=True))
+    return {**recipe.data.load_facts(folder), "folder": str(folder)}
+
+
+def _same_data(directory: RunDir, config: RunConfig, recipe: Recipe, accept: list[str]) -> dict[str, Any]:
+    """The run's own data, if it is what it was. ConfigError when the source has changed since."""
+    recorded = json.loads(directory.data_facts.read_text())
+    try:
+        facts = prepare_data(config, recipe)
+    except DataError as error:
+        if not Path(recorded["folder"]).is_dir():
+            raise
+        print(f"the data's source cannot be read ({str(error).splitlines()[0]}); going on with the prepared copy.")
+        return recorded
+    if facts["fingerprint"] != recorded["fingerprint"] and "data" not in accept:
+        raise ConfigError(
+            f"the data has changed since {directory.path} started (fingerprint {recorded['fingerprint'][:12]} then, "
+            f"{facts['fingerprint'][:12]} now).\nBring the old data back, start a new run, or go on with the changed "
+            "data all the same: dist-train resume ... --accept data"
+        )
+    return facts
+
+
+def _attempt(
+    directory: RunDir,
+    config: RunConfig,
+    plan: LaunchPlan,
+    hardware: Hardware,
+    debug: bool,
+    arguments: tuple[str, ...] = (),
+) -> None:
+    """Start the ranks once and wait for them."""
+    write_json(directory.plan, plan.to_json())
+    write_atomic(directory.accelerate_config, yaml.safe_dump(accelerate_config(plan)))
+    command = launch_command(plan, directory, arguments)
+    attempt = current_attempt(directory.events) + 1
+    _record_command(directory, attempt, command)
+    log_event(directory.events, "run_started", attempt=attempt, pid=os.getpid(), world_size=plan.world_size)
+    print_plan(directory, plan)
+    if debug:
+        _debug(directory, plan, arguments)
+        return
+    last_step = min(plan.steps, config.train.stop_after_steps or plan.steps)
+    watch = Watch(directory, plan, last_step)
+    try:
+        Supervisor(directory, attempt).run_to_end(command, worker_environment(plan, hardware), watch)
+    finally:
+        watch.close()
+    log_event(directory.events, "finished", attempt=attempt)
+
+
+def print_plan(directory: RunDir | None, plan: LaunchPlan) -> None:
+    if directory is not None:
+        print(f"run directory  {directory.path}")
+    ranks = f"{plan.world_size} x {plan.device}"
+    print(f"plan           {ranks}, {plan.strategy}, {plan.precision}; {plan.equation}")
+    print(
+        f"length         {plan.steps} steps, {plan.steps_per_epoch} an epoch of {plan.rows} rows "
+        f"({plan.steps / plan.steps_per_epoch:.3g} epochs)"
+    )
+    for note in plan.notes:
+        print(f"note           {note}")
+
+
+def _debug(directory: RunDir, plan: LaunchPlan, arguments: tuple[str, ...]) -> None:
+    """One rank in this very process, so that breakpoints work."""
+    if plan.world_size > 1:
+        raise ConfigError(
+            f"--debug runs one rank in this process, but the plan has {plan.world_size}: "
+            "add parallel.processes_per_node=1."
+        )
+    from dist_train.worker import run_rank
+
+    run_rank(directory, current_attempt(directory.events), arguments)
+
+
+def _record_command(directory: RunDir, attempt: int, command: list[str]) -> None:
+    """Append what this attempt ran to commands.sh; the last line repeats the run."""
+    before = directory.commands.read_text() if directory.commands.exists() else "#!/bin/sh\n"
+    typed = shlex.join(["dist-train", *sys.argv[1:]])
+    text = f"# attempt {attempt}, typed in {os.getcwd()}\n# {typed}\n# which started the ranks with\n"
+    write_atomic(directory.commands, f"{before}{text}# {shlex.join(command)}\n")
+
+
+def _environment(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
+    seeds = {"seed": config.seed, "split_seed": getattr(config.data, "split_seed", None)}
+    return {
+        "versions": {"dist-train": importlib.metadata.version("dist-train"), **_versions()},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git_state(),
+        "hardware": asdict(hardware),
+        "seeds": seeds,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code in the working directory, and whether it has uncommitted changes; null outside a checkout."""
+    commit = read_output(["git", "rev-parse", "HEAD"])
+    changes = read_output(["git", "status", "--porcelain", "-uno"])
+    return None if commit is None else {"commit": commit, "dirty": bool(changes)}

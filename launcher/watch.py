@@ -1,0 +1,131 @@
+"""Show a run while it trains: progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import IO, Any
+
+from dist_train.plan import LaunchPlan
+from dist_train.rundir import RunDir
+
+# Off a terminal, a line of progress at most so often.
+_PLAIN_EVERY_S = 10.0
+
+
+class Follower:
+    """Reads the lines that were added to a JSONL file since the last look."""
+
+    def __init__(self, path: Any, from_end: bool) -> None:
+        self.path = path
+        self._position = path.stat().st_size if from_end and path.exists() else 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as stream:
+            stream.seek(self._position)
+            data = stream.read()
+        whole, newline, _ = data.rpartition(b"\n")
+        self._position += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.splitlines() if line]
+
+
+class Watch:
+    """Called often while the ranks run; prints what is new."""
+
+    def __init__(self, run: RunDir, plan: LaunchPlan, last_step: int, stream: IO[str] = sys.stdout) -> None:
+        self._metrics = Follower(run.metrics, from_end=True)
+        self._events = Follower(run.events, from_end=True)
+        self._last_step = last_step
+        self._plan = plan
+        self._stream = stream
+        self._bar: Any = None
+        self._shown_at = 0.0
+        if stream.isatty():
+            self._bar = _make_bar(last_step)
+
+    def __call__(self) -> None:
+        for record in self._events.new_lines():
+            text = _event_text(record)
+            if text:
+                self._say(text)
+        for record in self._metrics.new_lines():
+            if record["split"] == "train":
+                self._show_step(record)
+            else:
+                self._say(_evaluation_text(record))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _show_step(self, record: dict[str, Any]) -> None:
+        step, loss = record["step"], record.get("loss")
+        rate = record.get("samples_per_s") or 0.0
+        left = (self._last_step - step) * self._plan.global_batch_size / rate if rate else 0.0
+        shown = "not finite" if loss is None else f"{loss:.4f}"
+        if self._bar is not None:
+            self._bar.start()
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=step, loss=shown, rate=f"{rate:,.0f} samples/s", left=_duration(left))
+            return
+        now = time.monotonic()
+        if now - self._shown_at >= _PLAIN_EVERY_S or step >= self._last_step:
+            self._shown_at = now
+            self._say(
+                f"step {step}/{self._last_step}  loss {shown}  {rate:,.0f} samples/s  "
+                f"padding {record.get('padding_share') or 0:.0%}  {_duration(left)} left"
+            )
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+def _make_bar(last_step: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  {task.fields[left]} left"),
+    ]
+    bar = Progress(*columns, refresh_per_second=4)
+    bar.add_task("training", total=last_step, loss="-", rate="-", left="-")
+    return bar
+
+
+def _event_text(record: dict[str, Any]) -> str | None:
+    event = record["event"]
+    if event == "resumed":
+        return f"resumed at step {record['step']}: {record['summary']}"
+    if event == "checkpoint_damaged":
+        return f"damaged checkpoint passed over: {record['file']} {record['what']}"
+    if event == "nonfinite_step":
+        return f"step {record['step']} had a gradient that is not finite and was skipped (rows {record['rows'][:8]} …)"
+    if event == "tracking_lost":
+        return f"W&B is off for this attempt: {record['message']}"
+    if event == "progress":
+        return str(record["message"])
+    return None
+
+
+def _evaluation_text(record: dict[str, Any]) -> str:
+    hidden = ("step", "samples", "split", "attempt", "time")
+    values = [f"{name} {value:.4f}" for name, value in record.items() if name not in hidden and _is_short(name, value)]
+    return f"step {record['step']}  {record['split']}: " + "  ".join(values[:5])
+
+
+def _is_short(name: str, value: Any) -> bool:
+    return isinstance(value, float) and "/" not in name
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

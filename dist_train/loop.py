@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dist_train import checkpoint, checkpoint_files
 from dist_train.config import RunConfig
 from dist_train.data import DROPOUT, Schedule, derive_seed, partition, prefetch, row_seeds
 from dist_train.engine import Engine
@@ -56,8 +56,8 @@ class Training:
     ema: dict[str, Tensor] | None
     stop: StopFlag
     tracker: Tracker | None
-    save: Callable[[], None]
-    """Commits a checkpoint of the present state."""
+    fingerprints: dict[str, str]
+    """What the result depends on beside the config, by name."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,32 @@ def train(training: Training) -> None:
             ended = ended or state.stopped_early
         due = config.checkpoint.every_steps is not None and state.step % config.checkpoint.every_steps == 0
         if (improved or due or save_asked or stop_asked or ended) and saved_step != state.step:
-            training.save()
+            save_checkpoint(training)
             saved_at, saved_step = time.monotonic(), state.step
         meter.resume(since)
         if ended:
             return
         if stop_asked:
             raise Preempted(f"stopped by a signal after step {state.step}; the checkpoint of that step is saved.")
+
+
+def save_checkpoint(training: Training) -> None:
+    """Commit a checkpoint of the present state, then remove those that need not be kept."""
+    run, engine, state = training.run, training.engine, training.state
+    tensors = checkpoint.named_state(engine.module, training.optimizer, training.ema)
+    meta = {
+        "state": asdict(state),
+        "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
+        "fingerprints": training.fingerprints,
+        "run": run.name,
+    }
+
+    def committed(folder: str) -> None:
+        log_event(run.events, "checkpoint_committed", step=state.step, folder=folder)
+        keep = [] if state.best_step is None else [state.best_step]
+        checkpoint_files.prune(run.checkpoints, training.config.checkpoint.keep_last, keep)
+
+    checkpoint.save(run.checkpoints, engine, tensors, state.step, meta, committed)
 
 
 def make_step(training: Training, rows: Rows, schedule: Schedule, step: int) -> StepData:

@@ -1,0 +1,118 @@
+"""Put a training together, save it, and go on from the newest checkpoint that verifies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dist_train import checkpoint, checkpoint_files
+from dist_train.config import RunConfig
+from dist_train.data import INIT, derive_seed
+from dist_train.engine import Engine
+from dist_train.errors import CheckpointError, ConfigError
+from dist_train.events import log_event, read_lines
+from dist_train.loop import Training, TrainState
+from dist_train.optim import make_optimizer
+from dist_train.plan import LaunchPlan
+from dist_train.rundir import RunDir
+from dist_train.stop import StopFlag
+from dist_train.task import Task
+from dist_train.track import Tracker
+
+
+def build_training(
+    run: RunDir, config: RunConfig, plan: LaunchPlan, task: Task, attempt: int, fingerprints: dict[str, str]
+) -> Training:
+    """Engine, model, optimizer and tracker of this rank, at step 0. ConfigError when the world is not the planned one.
+
+    fingerprints: what the result depends on beside the config, by name; a resume compares them.
+    """
+    stop = StopFlag()
+    stop.install()
+    engine = Engine(plan.device, plan.precision, config.parallel.timeout_s)
+    if engine.world_size != plan.world_size:
+        raise ConfigError(
+            f"{engine.world_size} ranks were started, but the plan has {plan.world_size}: start the run with "
+            "dist-train, or set parallel.processes_per_node to what your launcher starts."
+        )
+    torch.manual_seed(derive_seed(INIT, config.seed))
+    engine.prepare(task.build_model())
+    optimizer = make_optimizer(engine.module, config.optim)
+    ema = None
+    if config.train.ema_decay is not None:
+        ema = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
+    return Training(config, plan, run, engine, task, optimizer, TrainState(), ema, stop, tracker, fingerprints)
+
+
+def code_fingerprint(recipe_config: ModuleType) -> str:
+    """A hash of the toolkit's and the recipe's own source."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(str(recipe_config.__file__)).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def restore(training: Training, accepted: Collection[str] = ()) -> None:
+    """Load the newest checkpoint that verifies, if there is one; rank 0 looks, all load.
+
+    CheckpointError when one was committed and none verifies; ConfigError when a fingerprint differs that is not in
+    `accepted`.
+    """
+    run, engine = training.run, training.engine
+    manifest = engine.broadcast(_choose_checkpoint(run) if engine.rank == 0 else None)
+    if isinstance(manifest, str):
+        raise CheckpointError(manifest)
+    if manifest is None:
+        return
+    _compare(training.fingerprints, manifest["fingerprints"], accepted)
+    folder = checkpoint_files.step_folder(run.checkpoints, manifest["step"])
+    # 1. weights and buffers  2. optimizer  3. moving average  4. loss scale  5. counters, the data position among them
+    checkpoint.load_weights(engine.module, folder, manifest, use_ema=False)
+    restored = checkpoint.load_optimizer(engine.module, training.optimizer, folder, manifest)
+    if training.ema is not None:
+        training.ema.update(checkpoint.read_tensors(folder, manifest, "ema/"))
+    if engine.scaler is not None and manifest["scaler"]:
+        engine.scaler.load_state_dict(manifest["scaler"])
+    training.state = TrainState(**manifest["state"])
+    summary = (
+        f"weights, {restored} optimizer tensors, {'moving average, ' if training.ema else ''}best metric and position "
+        f"(sample {training.state.samples}) restored; saved by {manifest['world_size']} rank(s), now "
+        f"{engine.world_size}; order, learning rate and dropout follow from the step; nothing was dropped"
+    )
+    if engine.rank == 0:
+        log_event(run.events, "resumed", step=manifest["step"], summary=summary)
+
+
+def _compare(now: dict[str, str], then: dict[str, str], accepted: Collection[str]) -> None:
+    changed = [name for name in now if now[name] != then[name] and name not in accepted]
+    if changed:
+        words = " and ".join(changed)
+        raise ConfigError(
+            f"the {words} changed since the checkpoint was saved, so the run would not go on as it began.\n"
+            "Bring back what was, or go on all the same with: dist-train resume RUN "
+            + " ".join(f"--accept {name}" for name in changed)
+        )
+
+
+def _choose_checkpoint(run: RunDir) -> dict[str, Any] | str | None:
+    """The manifest to resume from, None for a fresh start, or why there is none although one was committed."""
+    manifest, damages = checkpoint_files.newest_valid(run.checkpoints)
+    for damage in damages:
+        print(f"damaged checkpoint: {damage}", flush=True)
+        log_event(run.events, "checkpoint_damaged", file=str(damage.file), what=damage.what)
+    if manifest is None:
+        if any(record["event"] == "checkpoint_committed" for record in read_lines(run.events)):
+            return "no checkpoint verifies, although one was committed:\n" + "\n".join(map(str, damages))
+        return None
+    for damage in damages:
+        folder = damage.file.parent
+        if folder.exists():
+            checkpoint_files.set_aside(folder)
+    return manifest

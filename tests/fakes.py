@@ -1,0 +1,137 @@
+"""A tiny task with a real model, for tests of the loop: no data files, no recipe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import RunConfig, Section
+from dist_train.events import read_lines
+from dist_train.hardware import Hardware
+from dist_train.loop import Training, train
+from dist_train.plan import make_plan
+from dist_train.resume import build_training, restore
+from dist_train.rundir import RunDir
+from dist_train.task import Batch, weighted_sum
+
+CLASSES, VOCABULARY, WIDTH = 3, 40, 16
+
+
+class TinyConfig(RunConfig):
+    data: Section = Section()
+    model: Section = Section()
+    task: Section = Section()
+
+
+class TinyRows:
+    """Rows of random length whose class is the sum of their tokens modulo CLASSES."""
+
+    def __init__(self, split: str, count: int) -> None:
+        generator = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
+        self.lengths = generator.integers(2, 20, count)
+        self.tokens = [generator.integers(1, VOCABULARY, length) for length in self.lengths]
+        self.ids = np.arange(count, dtype=np.int64) + {"train": 0, "validation": 10_000, "test": 20_000}[split]
+        self.labels = np.array([tokens.sum() % CLASSES for tokens in self.tokens])
+        self.weights = np.where(self.labels == 0, 2.5, 1.0)
+
+    def take(self, indices: np.ndarray) -> list[Any]:
+        return [(self.tokens[index], self.labels[index]) for index in indices]
+
+
+class TinyModel(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout, batch_first=True, norm_first=True)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        states = self.block(self.embedding(batch["tokens"]), src_key_padding_mask=~batch["mask"])
+        pooled = (states * batch["mask"][:, :, None]).sum(1) / batch["mask"].sum(1, keepdim=True)
+        logits = self.head(pooled)
+        if self.training:
+            return weighted_sum(nn.functional.cross_entropy(logits, batch["label"], reduction="none"), batch["weight"])
+        return {"probability": logits.softmax(-1)}
+
+
+@dataclass
+class TinyTask:
+    num_rows: int = 203
+    dropout: float = 0.0
+    metric: str = "accuracy"
+
+    def build_model(self) -> nn.Module:
+        return TinyModel(self.dropout)
+
+    def rows(self, split: str) -> TinyRows:
+        return TinyRows(split, self.num_rows if split == "train" else 31)
+
+    def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
+        longest = max(len(tokens) for tokens, _ in rows)
+        tokens = np.zeros((len(rows), longest), dtype=np.int64)
+        for index, (row, _) in enumerate(rows):
+            tokens[index, : len(row)] = row
+        label = torch.tensor([int(label) for _, label in rows])
+        return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(tokens > 0), "label": label}
+
+    def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
+        rows = self.rows(split)
+        predicted = outputs["probability"].argmax(1)
+        return pa.table({"row": rows.ids, "label": rows.labels, "predicted": predicted})
+
+    def metrics(self, predictions: pa.Table) -> dict[str, float]:
+        return {"accuracy": float(np.mean(predictions["label"].to_numpy() == predictions["predicted"].to_numpy()))}
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        raise AssertionError("not used here")
+
+    def load_model(self, folder: Path) -> nn.Module:
+        raise AssertionError("not used here")
+
+
+def make_training(path: Path, world_size: int, task: TinyTask, attempt: int = 1, **sections: Any) -> Training:
+    """A training of `task` in the run directory `path`, at the newest checkpoint there."""
+    settings: dict[str, Any] = {
+        "train": {"global_batch_size": 16, "steps": 20, **sections.pop("train", {})},
+        "optim": {"lr": 1e-2, **sections.pop("optim", {})},
+        "track": {"wandb": "disabled", "log_every_steps": 1},
+        "eval": {"every_steps": 10, **sections.pop("eval", {})},
+        **sections,
+    }
+    config = TinyConfig(recipe="tiny", **settings)
+    run = RunDir(path)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), task.num_rows, world_size)
+    training = build_training(run, config, plan, task, attempt, {"data": "tiny"})
+    restore(training)
+    return training
+
+
+def train_tiny(path: Path, world_size: int, task: TinyTask, attempt: int = 1, **sections: Any) -> dict[str, Tensor]:
+    """Train and return the final weights."""
+    training = make_training(path, world_size, task, attempt, **sections)
+    try:
+        train(training)
+        return {name: tensor.clone() for name, tensor in training.engine.module.state_dict().items()}
+    finally:
+        training.engine.close()
+
+
+def curve(path: Path, key: str = "loss") -> list[float]:
+    """One value of each step's training line; where a step stands twice the last attempt counts."""
+    lines = [line for line in read_lines(RunDir(path).metrics) if line["split"] == "train"]
+    values = {line["step"]: line[key] for line in sorted(lines, key=lambda line: line["attempt"])}
+    assert list(values) == sorted(values)
+    return [values[step] for step in sorted(values)]
+
+
+def events(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RunDir(path).events.read_text().splitlines() if f'"{kind}"' in line]

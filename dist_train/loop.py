@@ -17,6 +17,7 @@ from dist_train.engine import Engine
 from dist_train.errors import NumericError, Preempted
 from dist_train.evaluate import evaluate
 from dist_train.events import log_event
+from dist_train.heartbeat import Heartbeat
 from dist_train.meter import Meter
 from dist_train.optim import lr_at, set_lr
 from dist_train.plan import LaunchPlan
@@ -56,6 +57,7 @@ class Training:
     ema: dict[str, Tensor] | None
     stop: StopFlag
     tracker: Tracker | None
+    heartbeat: Heartbeat
     fingerprints: dict[str, str]
     """What the result depends on beside the config, by name."""
 
@@ -165,6 +167,7 @@ def _one_step(
     if finite and training.ema is not None and config.train.ema_decay is not None:
         _update_ema(training.ema, engine.module, config.train.ema_decay)
     state.step += 1
+    training.heartbeat.step = state.step
     state.samples = schedule.samples_before(state.step)
     state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
     meter.add(len(data.ids), data.useful, data.padded)

@@ -16,6 +16,7 @@ from dist_train.data import INIT, derive_seed
 from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.events import log_event, read_lines
+from dist_train.heartbeat import Heartbeat
 from dist_train.loop import Training, TrainState
 from dist_train.optim import make_optimizer
 from dist_train.plan import LaunchPlan
@@ -47,7 +48,10 @@ def build_training(
     if config.train.ema_decay is not None:
         ema = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
-    return Training(config, plan, run, engine, task, optimizer, TrainState(), ema, stop, tracker, fingerprints)
+    heartbeat = Heartbeat(run, engine.rank)
+    return Training(
+        config, plan, run, engine, task, optimizer, TrainState(), ema, stop, tracker, heartbeat, fingerprints
+    )
 
 
 def code_fingerprint(recipe_config: ModuleType) -> str:

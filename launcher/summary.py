@@ -10,10 +10,9 @@ from dist_train.rundir import RunDir
 def print_summary(run: RunDir) -> None:
     import json
 
+    from dist_train.report import summary_table
     from rich.console import Console
     from rich.table import Table
-
-    from dist_train.report import summary_table
 
     console = Console(highlight=False)
     report = json.loads(run.report_json.read_text())

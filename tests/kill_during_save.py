@@ -49,7 +49,8 @@ def main(root: Path) -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         manifest, damages = files.newest_valid(root)
-        assert manifest is not None and not damages, (calls, manifest, damages)
+        assert manifest is not None, (calls, damages)
+        assert not damages, (calls, damages)
         survived[manifest["step"]] += 1
         # What the next start does first.
         files.clean(root)

@@ -38,11 +38,8 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_only_the_engine_imports_accelerate() -> None:
-    users = {
-        path.name
-        for path in SOURCES
-        if any(name.split(".")[0] in ("accelerate", "deepspeed") for name in _imports(path))
-    }
+    wrapped = {"accelerate", "deepspeed"}
+    users = {path.name for path in SOURCES if wrapped & {name.split(".")[0] for name in _imports(path)}}
     assert users == {"engine.py"}
 
 

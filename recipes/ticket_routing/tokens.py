@@ -1,0 +1,80 @@
+"""The tokenizer: trained on the training split, or a ready one. Written as a Hugging Face tokenizer folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import DataError
+from recipes.ticket_routing.config import Config
+
+_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def make_tokenizer(config: Config, train_texts: Iterable[str], folder: Path) -> Any:
+    """A `tokenizers.Tokenizer` that cuts at data.max_tokens, saved in `folder`."""
+    ready = config.data.tokenizer or config.model.pretrained
+    if ready is not None:
+        return _load(ready, config.model.revision, config.data.max_tokens, folder)
+    tokenizer = _train(train_texts, config.data.vocab_size)
+    tokenizer.enable_truncation(config.data.max_tokens)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.data.max_tokens,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return tokenizer
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Any:
+    """Byte-pair encoding (Sennrich et al. 2016) over lower-cased words; a ticket starts with [CLS]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=_SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.token_to_id("[CLS]"))]
+    )
+    return tokenizer
+
+
+def _load(source: str, revision: str | None, max_tokens: int, folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    file = Path(source) / "tokenizer.json"
+    if file.is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a bare Exception
+            raise DataError(f"{file} is no tokenizer: {error}") from error
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (file.parent / name).is_file():
+                (folder / name).write_bytes((file.parent / name).read_bytes())
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the tokenizer {source} could not be loaded: {str(error).splitlines()[0]}\n"
+                "Give a folder that holds tokenizer.json (data.tokenizer or model.pretrained), or a hub name that this "
+                "machine can reach."
+            ) from error
+        loaded.save_pretrained(folder)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer

@@ -96,8 +96,8 @@ def read_split(folder: Path | str, name: str) -> Any:
 def _sources(data: DataConfig) -> list[Source]:
     if data.path is None:
         raise ConfigError(
-            "data.path is not set: name your tickets, for example\n  data.path=tickets.csv data.text_columns=[subject,body] "
-            "data.label_column=queue\nTo try the toolkit on generated tickets: dist-train run ticket_routing/demo"
+            "data.path is not set: name your tickets, for example\n"
+            "  data.path=tickets.csv data.text_columns=[subject,body] data.label_column=queue\nTo try the toolkit on generated tickets: dist-train run ticket_routing/demo"
         )
     if data.path == "synthetic":
         described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
@@ -286,14 +286,16 @@ def _check_split(split_of: np.ndarray, labels: np.ndarray, names: list[str], met
         unknown = sorted(names[label] for label in set(labels[split_of == index]) - known)
         if unknown:
             raise DataError(
-                f"the {split.NAMES[index]} split has classes that training lacks: {', '.join(map(repr, unknown[:10]))}.\n"
+                f"the {split.NAMES[index]} split has classes that training lacks: {', '.join(map(repr, unknown[:9]))}.\n"
                 "A model cannot predict them: move some of their rows into training, or leave them out with "
                 "data.drop_labels_below."
             )
 
 
-def _write_splits(folder: Path, tickets: Tickets, labels: np.ndarray, split_of: np.ndarray, tokenizer: Any) -> Any:
-    """One Arrow stream a split. Returns the token counts of all kept rows before nothing but truncation."""
+def _write_splits(
+    folder: Path, tickets: Tickets, labels: np.ndarray, split_of: np.ndarray, tokenizer: Any
+) -> np.ndarray:
+    """One Arrow stream a split. Returns the token counts of the rows."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
@@ -309,9 +311,8 @@ def _write_splits(folder: Path, tickets: Tickets, labels: np.ndarray, split_of: 
     lengths: list[int] = []
     for index, name in enumerate(split.NAMES):
         chosen = np.flatnonzero(split_of == index)
-        with ArrowWriter(
-            features=features, path=str(folder / f"{name}.arrow"), writer_batch_size=_WRITE_ROWS
-        ) as writer:
+        path = str(folder / f"{name}.arrow")
+        with ArrowWriter(features=features, path=path, writer_batch_size=_WRITE_ROWS) as writer:
             for start in range(0, len(chosen), _WRITE_ROWS):
                 part = chosen[start : start + _WRITE_ROWS].tolist()
                 encoded = tokenizer.encode_batch_fast([tickets.texts[row] for row in part])

@@ -1,4 +1,4 @@
-"""Near-duplicate tickets: token-set Jaccard of at least .9, found by MinHash and checked exactly; groups are transitive."""
+"""Near-duplicate tickets: token-set Jaccard of at least .9, found by MinHash, checked, grouped transitively."""
 
 from __future__ import annotations
 

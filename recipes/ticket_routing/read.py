@@ -241,12 +241,10 @@ def read_dataset(dataset: Any, where: str, columns: dict[str, str]) -> Iterator[
     names = {name: getattr(dataset.features[name], "names", None) for name in columns}
     for start in range(0, len(chosen), _BATCH_ROWS):
         part = chosen[start : start + _BATCH_ROWS]
-        rows = zip(*(part[name] for name in columns), strict=True)
-        # A ClassLabel column holds indices; its names are what people call the classes.
-        yield [
-            {
-                name: names[name][value] if names[name] and value is not None else _as_text(value)
-                for name, value in zip(columns, row, strict=True)
-            }
-            for row in rows
-        ]
+        rows = zip(*([_class_name(value, names[name]) for value in part[name]] for name in columns), strict=True)
+        yield [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _class_name(value: Any, names: list[str] | None) -> str | None:
+    """A ClassLabel column holds indices; its names are what people call the classes."""
+    return names[value] if names and value is not None else _as_text(value)

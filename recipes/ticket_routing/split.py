@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def stratified(labels: np.ndarray, groups: np.ndarray, config: DataConfig) -> np
     shares = np.array([1 - config.validation_share - config.test_share, config.validation_share, config.test_share])
     members, starts = _members(groups)
     sizes = np.diff(starts)
-    label_of = np.array([np.bincount(labels[members[a:b]]).argmax() for a, b in zip(starts, starts[1:], strict=False)])
+    label_of = np.array([np.bincount(labels[members[a:b]]).argmax() for a, b in itertools.pairwise(starts)])
     for label in np.unique(label_of):
         own = np.flatnonzero(label_of == label)
         own = own[generator.permutation(len(own))]

@@ -1,9 +1,9 @@
-"""Generated tickets: any number, the same for one seed and version, row by row, so that row i never depends on how many.
+"""Generated tickets: any number, the same for one seed and version; row i does not depend on how many there are.
 
 What tells the queue: (1) topic words and product codes, blurred by words that every queue uses; (2) in a part of the
-tickets only a contrast, "the trouble comes from the A … does not come from the B", in either order: which noun is negated
-is told by words apart from it, so adjacent word pairs cannot say, a model that reads the sentence can. The share of wrong
-labels bounds what any model can reach.
+tickets only a contrast, "the trouble comes from the A … does not come from the B", in either order: which noun is
+negated is told by words apart from it, so adjacent word pairs cannot say, a model that reads the sentence can. The share
+of wrong labels bounds what any model can reach.
 """
 
 from __future__ import annotations
@@ -27,58 +27,10 @@ _QUEUES = {
     "Telephony": "phone voicemail extension conference handset dialtone roaming sim speaker ringtone",
     "Purchasing": "invoice order quote supplier budget delivery approval contract asset refund",
 }
-_COMMON = [
-    "hello",
-    "team",
-    "please",
-    "help",
-    "since",
-    "monday",
-    "yesterday",
-    "again",
-    "urgent",
-    "user",
-    "cannot",
-    "work",
-    "office",
-    "site",
-    "system",
-    "error",
-    "message",
-    "shows",
-    "tried",
-    "restart",
-    "still",
-    "same",
-    "problem",
-    "need",
-    "support",
-    "today",
-    "colleague",
-    "screen",
-    "slow",
-    "issue",
-    "request",
-    "ticket",
-    "thanks",
-    "regards",
-    "after",
-    "before",
-    "during",
-    "morning",
-    "floor",
-    "desk",
-    "remote",
-    "home",
-    "started",
-    "stopped",
-    "failed",
-    "sometimes",
-    "always",
-    "every",
-    "time",
-    "customer",
-]
+_COMMON_TEXT = """hello team please help since monday yesterday again urgent user cannot work office site system error
+message shows tried restart still same problem need support today colleague screen slow issue request ticket thanks
+regards after before during morning floor desk remote home started stopped failed sometimes always every time customer"""
+_COMMON = _COMMON_TEXT.split()
 _PRODUCTS = ["Atlas", "Borealis", "Cobalt", "Dynamo", "Ember", "Falcon", "Granite", "Helix", "Indigo", "Juniper"]
 _CAUSE = ("the trouble comes from the {}", "we are sure that the cause is the {}", "what fails here is the {}")
 _NO_CAUSE = (

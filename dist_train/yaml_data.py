@@ -128,8 +128,8 @@ def _node(event: yaml.Event, events: Iterator[yaml.Event], shown: str, depth: in
         )
     if getattr(event, "tag", None) is not None:
         raise UnsafeInputError(
-            f"{shown}:{line}: the tag {event.tag} is refused: config files hold plain data. Leave the tag out, or put "
-            "the value in quotes if it is a text."
+            f"{shown}:{line}: the tag {getattr(event, 'tag', '')} is refused: config files hold plain data. "
+            "Leave the tag out, or put the value in quotes if it is a text."
         )
     if depth > MAX_DEPTH:
         raise UnsafeInputError(f"{shown}:{line}: more than {MAX_DEPTH} levels lie in each other.")
@@ -176,4 +176,5 @@ def _clean(text: str, where: str) -> str:
 
 
 def _line(event: yaml.Event) -> int:
-    return int(event.start_mark.line) + 1
+    mark = event.start_mark
+    return mark.line + 1 if mark is not None else 1

@@ -97,7 +97,8 @@ def _sources(data: DataConfig) -> list[Source]:
     if data.path is None:
         raise ConfigError(
             "data.path is not set: name your tickets, for example\n"
-            "  data.path=tickets.csv data.text_columns=[subject,body] data.label_column=queue\nTo try the toolkit on generated tickets: dist-train run ticket_routing/demo"
+            "  data.path=tickets.csv data.text_columns=[subject,body] data.label_column=queue\n"
+            "To try the toolkit on generated tickets: dist-train run ticket_routing/demo"
         )
     if data.path == "synthetic":
         described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
@@ -286,7 +287,8 @@ def _check_split(split_of: np.ndarray, labels: np.ndarray, names: list[str], met
         unknown = sorted(names[label] for label in set(labels[split_of == index]) - known)
         if unknown:
             raise DataError(
-                f"the {split.NAMES[index]} split has classes that training lacks: {', '.join(map(repr, unknown[:9]))}.\n"
+                f"the {split.NAMES[index]} split has classes that training lacks: "
+                f"{', '.join(map(repr, unknown[:10]))}.\n"
                 "A model cannot predict them: move some of their rows into training, or leave them out with "
                 "data.drop_labels_below."
             )

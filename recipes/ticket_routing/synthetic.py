@@ -2,8 +2,8 @@
 
 What tells the queue: (1) topic words and product codes, blurred by words that every queue uses; (2) in a part of the
 tickets only a contrast, "the trouble comes from the A … does not come from the B", in either order: which noun is
-negated is told by words apart from it, so adjacent word pairs cannot say, a model that reads the sentence can. The share
-of wrong labels bounds what any model can reach.
+negated is told by words apart from it, so adjacent word pairs cannot say, a model that reads the sentence can. The
+share of wrong labels bounds what any model can reach.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _QUEUES = {
 }
 _COMMON_TEXT = """hello team please help since monday yesterday again urgent user cannot work office site system error
 message shows tried restart still same problem need support today colleague screen slow issue request ticket thanks
-regards after before during morning floor desk remote home started stopped failed sometimes always every time customer"""
+regards after before during morning floor desk remote home started stopped failed sometimes always every customer"""
 _COMMON = _COMMON_TEXT.split()
 _PRODUCTS = ["Atlas", "Borealis", "Cobalt", "Dynamo", "Ember", "Falcon", "Granite", "Helix", "Indigo", "Juniper"]
 _CAUSE = ("the trouble comes from the {}", "we are sure that the cause is the {}", "what fails here is the {}")

@@ -1,0 +1,334 @@
+"""From recipe file, site file and command line to one typed config that knows where each value came from. Torch-free.
+
+Precedence: defaults < site file < what the recipe file extends < recipe file < key=value. Editors complete recipe files
+with `dist-train recipes --schema NAME > schema.json` and a first line `# yaml-language-server: $schema=schema.json`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dist_train.config import RunConfig, Section
+from dist_train.config_keys import Key, MismatchError, convert, keys_of, nearest_keys, sections_of, show
+from dist_train.errors import ConfigError
+from dist_train.recipe import load_recipe, resolve_recipe_file
+from dist_train.rundir import RunDir
+from dist_train.yaml_data import Node, Scalar, Table, parse, read_file
+
+# What may change on resume: it says where and how a run trains, not what comes out of it.
+RESUMABLE = (
+    "output_dir",
+    "parallel.*",
+    "checkpoint.*",
+    "track.*",
+    "train.stop_after_steps",
+    "train.micro_batch_size",
+    "eval.batch_size",
+    "data.cache_dir",
+)
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as it was written, and where."""
+
+    node: Node
+    source: str
+    layer: int
+    folder: Path
+    """What a relative path is relative to."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    config: RunConfig
+    sources: Mapping[str, str]
+    """Where each key's value was set, for example mine.yaml:14; keys at their default are absent."""
+    recipe_file: Path
+
+
+def load(recipe: str, overrides: Many[str] = (), site: bool = True) -> Loaded:
+    """The config of a recipe name or file under `overrides`. ConfigError lists every problem at once."""
+    file = resolve_recipe_file(recipe)
+    files = _with_extended(file)
+    key = next((_text_of(table, "recipe") for _, table in files if _text_of(table, "recipe")), None)
+    if key is None:
+        raise ConfigError(
+            f"{file}: recipe is missing: name the recipe, or build on one with `extends: ticket_routing`."
+        )
+    model: type[RunConfig] = load_recipe(key).config.Config
+    given: dict[str, Given] = {}
+    problems: list[str] = []
+    site_path = site_file()
+    layers = [(site_path, read_file(site_path, str(site_path)))] if site and site_path.is_file() else []
+    for layer, (path, table) in enumerate([*layers, *reversed(files)]):
+        shown = _shown(path)
+        for name, node in _walk(table, model, shown, problems):
+            given[name] = Given(node, f"{shown}:{node.line}", layer, path.absolute().parent)
+    for text in overrides:
+        _take_override(text, model, given, len(files) + len(layers), problems)
+    _settle_length(given)
+    config = _build(model, given, problems)
+    return Loaded(config, {name: value.source for name, value in given.items()}, file)
+
+
+def site_file() -> Path:
+    """The user's or the site's own defaults for all runs."""
+    root = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(root).expanduser() / "dist-train" / "site.yaml"
+
+
+def load_run_config(run: RunDir) -> RunConfig:
+    """The resolved config of a run directory: its file alone, no site file."""
+    return load(str(run.config), site=False).config
+
+
+def resume_overrides(config: RunConfig, overrides: Many[str]) -> RunConfig:
+    """`config` with changes that a resumed run may have. ConfigError for a key that defines the result."""
+    model = type(config)
+    problems: list[str] = []
+    given: dict[str, Given] = {}
+    for text in overrides:
+        _take_override(text, model, given, 0, problems)
+    for name in given:
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE):
+            problems.append(
+                f"{name} cannot change on resume: it defines the result. These can: {', '.join(RESUMABLE)}.\n"
+                "  To train with another value start a new run."
+            )
+    for name, value in flatten(config).items():
+        if name not in given and value is not None:
+            given[name] = Given(_as_node(value), "config.yaml", 0, Path("/"))
+    return _build(model, given, problems)
+
+
+def flatten(config: Section, prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name, in the order of the sections; paths as text."""
+    flat: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def dump(config: RunConfig, sources: Mapping[str, str], name: str) -> str:
+    """The resolved config as a recipe file. The name is a comment only, so that running it makes a run of its own."""
+    lines = [f"# name: {name}", f"# repeat: dist-train run {name}/config.yaml"]
+    _dump_section(config, sources, "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def fingerprint(config: RunConfig) -> str:
+    """A hash of the settings that define the result."""
+    ignored = (*RESUMABLE, "name")
+    kept = {
+        name: value
+        for name, value in flatten(config).items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def json_schema(recipe: str) -> dict[str, Any]:
+    """The JSON Schema of a recipe's files, for editors."""
+    files = _with_extended(resolve_recipe_file(recipe))
+    key = next(_text_of(table, "recipe") for _, table in files if _text_of(table, "recipe"))
+    schema: dict[str, Any] = load_recipe(str(key)).config.Config.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Recipe name or file that this one builds on."}
+    schema["required"] = []
+    return schema
+
+
+def _with_extended(file: Path) -> list[tuple[Path, Table]]:
+    """The file and what it extends, nearest first."""
+    chain: list[tuple[Path, Table]] = []
+    while True:
+        if any(file.resolve() == seen.resolve() for seen, _ in chain):
+            raise ConfigError(
+                f"{_shown(file)}: extends goes in a circle: {', '.join(_shown(path) for path, _ in chain)}."
+            )
+        table = read_file(file, _shown(file))
+        chain.append((file, table))
+        base = _text_of(table, "extends")
+        if base is None:
+            return chain
+        is_file = base.endswith((".yaml", ".yml"))
+        file = file.parent / Path(base).expanduser() if is_file else resolve_recipe_file(base)
+
+
+def _text_of(table: Table, key: str) -> str | None:
+    node = next((entry.value for entry in table.entries if entry.key == key), None)
+    return node.text if isinstance(node, Scalar) and not node.is_null else None
+
+
+def _walk(
+    table: Table, model: type[RunConfig], shown: str, problems: list[str], prefix: str = ""
+) -> Iterator[tuple[str, Node]]:
+    """The settings in a file by dotted name; what is no setting goes to `problems`."""
+    keys, sections = keys_of(model), sections_of(model)
+    for entry in table.entries:
+        name = prefix + entry.key
+        where = f"{shown}:{entry.line}"
+        if name == "extends":
+            continue
+        if name in sections:
+            if isinstance(entry.value, Table):
+                yield from _walk(entry.value, model, shown, problems, f"{name}.")
+            elif not (isinstance(entry.value, Scalar) and entry.value.is_null):
+                problems.append(f"{where}: {name} is {show(entry.value)}, but holds a group of keys.")
+        elif name in keys:
+            yield name, entry.value
+        else:
+            problems.append(f"{where}: {_unknown(name, model)}")
+
+
+def _unknown(name: str, model: type[RunConfig]) -> str:
+    near = nearest_keys(name, [*keys_of(model), *sections_of(model)])
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    group = name.rpartition(".")[0]
+    known = [key for key in keys_of(model) if key.rpartition(".")[0] == group]
+    listed = (
+        f" Known in {group or 'the top level'}: {', '.join(key.rpartition('.')[2] for key in known)}." if known else ""
+    )
+    return f"{name} is no known key.{hint}{'' if near else listed}"
+
+
+def _take_override(text: str, model: type[RunConfig], given: dict[str, Given], layer: int, problems: list[str]) -> None:
+    name, equals, value = text.partition("=")
+    if not equals:
+        problems.append(f"command line: {text!r} is no setting: write key=value, for example train.epochs=3.")
+        return
+    name = name.removeprefix("--")
+    if name in sections_of(model):
+        problems.append(f"command line: {name} is a group of keys: set one of them, for example {name}.KEY=VALUE.")
+    elif name not in keys_of(model):
+        problems.append(f"command line: {_unknown(name, model)}")
+    else:
+        node: Node = Scalar(value, 1, plain=True, typed=True)
+        if value[:1] in ("[", "{", '"', "'"):
+            node = parse(value, "command line") or node
+        given[name] = Given(node, "command line", layer, Path.cwd())
+
+
+def _settle_length(given: dict[str, Given]) -> None:
+    """train.steps and train.epochs say the same thing: the one set in the later layer counts, the other is null."""
+    steps, epochs = given.get("train.steps"), given.get("train.epochs")
+    if steps is None or epochs is None or steps.layer == epochs.layer:
+        return
+    winner, loser = ("train.steps", "train.epochs") if steps.layer > epochs.layer else ("train.epochs", "train.steps")
+    node = given[winner].node
+    if not (isinstance(node, Scalar) and node.is_null):
+        given[loser] = Given(Scalar("null", node.line), given[winner].source, given[winner].layer, Path.cwd())
+
+
+def _build(model: type[RunConfig], given: Mapping[str, Given], problems: list[str]) -> RunConfig:
+    keys = keys_of(model)
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        try:
+            converted = convert(value.node, keys[name].field.annotation)
+            values[name] = _resolve(converted, value.folder, keys[name]) if keys[name].is_path else converted
+        except MismatchError as error:
+            hint = f" ({error})" if str(error) else ""
+            problems.append(
+                f"{value.source}: {name} is {show(value.node)}, but {keys[name].expected} is expected{hint}."
+            )
+    for name, key in keys.items():
+        if key.is_path and name not in given and key.field.default is not None:
+            values[name] = _resolve(key.field.default, Path.cwd(), key)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return model.model_validate(_nested(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(entry, given, keys) for entry in error.errors())) from None
+
+
+def _explain(entry: Any, given: Mapping[str, Given], keys: Mapping[str, Key]) -> str:
+    """A message of the models in our words."""
+    place = [str(part) for part in entry["loc"]]
+    # A union or list adds parts of its own behind the key's name.
+    name = next((".".join(place[:end]) for end in range(len(place), 0, -1) if ".".join(place[:end]) in keys), "")
+    source = f"{given[name].source}: " if name in given else ""
+    if entry["type"] == "value_error":
+        return source + str(entry["ctx"]["error"])
+    if not name:
+        return f"{'.'.join(place)} is missing." if entry["type"] == "missing" else str(entry["msg"])
+    if entry["type"] == "string_pattern_mismatch":
+        return f"{source}{name} is '{entry['input']}', but only letters, digits, '.', '_' and '-' are allowed."
+    shown = show(given[name].node) if name in given else entry["input"]
+    return f"{source}{name} is {shown}, but {keys[name].expected} is expected."
+
+
+def _resolve(value: Any, folder: Path, key: Key) -> Any:
+    if isinstance(value, list):
+        return [_resolve(item, folder, key) for item in value]
+    if value is None or str(value) == "synthetic" or str(value).startswith("hub:"):
+        return value
+    text = os.path.expanduser(_VARIABLE.sub(lambda match: _variable(match, key), str(value)))
+    path = Path(os.path.normpath(folder / text))
+    if key.name in ("data.tokenizer", "model.pretrained") and not path.exists() and not text.startswith((".", "/")):
+        return value  # the name of a model on a hub
+    return type(value)(path)
+
+
+def _variable(match: re.Match[str], key: Key) -> str:
+    name = match[1].strip("{}")
+    if name not in os.environ:
+        raise ConfigError(f"{key.name} uses ${name}, but that variable is not set.")
+    return os.environ[name]
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+    return tree
+
+
+def _as_node(value: Any) -> Node:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).removesuffix("...\n")
+    node = parse(text, "config")
+    assert node is not None
+    return node
+
+
+def _dump_section(section: Section, sources: Mapping[str, str], prefix: str, lines: list[str]) -> None:
+    depth = prefix.count(".")
+    for name in type(section).model_fields:
+        value, key = getattr(section, name), prefix + name
+        if isinstance(value, Section):
+            lines.append(f"{'  ' * depth}{name}:")
+            _dump_section(value, sources, f"{key}.", lines)
+        elif key != "name":
+            plain = str(value) if isinstance(value, Path) else value
+            text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**9)
+            text = text.removesuffix("\n").removesuffix("\n...")
+            origin = f"  # {sources[key]}" if key in sources else ""
+            lines.append(f"{'  ' * depth}{name}: {text}{origin}")
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory where the file lies below it."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)

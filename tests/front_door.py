@@ -1,0 +1,108 @@
+"""Start the real command as a user would, watch its run directory, and read what it left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WORDS = {
+    "network": ["vpn", "wifi", "router", "cable", "connection", "drops", "slow", "signal", "proxy", "firewall"],
+    "hardware": ["laptop", "screen", "keyboard", "dock", "battery", "broken", "printer", "mouse", "fan", "monitor"],
+    "access": ["password", "account", "locked", "permission", "login", "reset", "role", "badge", "token", "group"],
+}
+COMMON_TEXT = "please hello the my is not since monday team urgent help with on for again today"
+COMMON = COMMON_TEXT.split()
+
+
+def write_tickets(path: Path, rows: int = 600, seed: int = 0) -> Path:
+    """A CSV with the columns text and queue."""
+    generator = random.Random(seed)
+    with open(path, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text", "queue"])
+        for _ in range(rows):
+            queue = generator.choice(sorted(WORDS))
+            words = generator.choices(COMMON, k=generator.randint(3, 20)) + generator.choices(WORDS[queue], k=3)
+            generator.shuffle(words)
+            writer.writerow([" ".join(words), queue])
+    return path
+
+
+def environment(tmp: Path, **extra: str) -> dict[str, str]:
+    """No site file, cache or W&B account of the user."""
+    return {
+        **os.environ,
+        "XDG_CONFIG_HOME": str(tmp / "config"),
+        "XDG_CACHE_HOME": str(tmp / "cache"),
+        "WANDB_MODE": "disabled",
+        **extra,
+    }
+
+
+def dist_train(arguments: list[str], cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", *arguments],
+        cwd=cwd,
+        env=environment(cwd, PYTHONPATH=str(Path(__file__).parent.parent), **extra),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def start(arguments: list[str], cwd: Path, **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher", *arguments],
+        cwd=cwd,
+        env=environment(cwd, PYTHONPATH=str(Path(__file__).parent.parent), **extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(run: Path, step: int, timeout_s: float = 120) -> None:
+    """Until the run has logged this step."""
+    deadline = time.monotonic() + timeout_s
+    while not any(line["step"] >= step for line in lines(run / "metrics.jsonl")):
+        assert time.monotonic() < deadline, f"step {step} was not reached: {lines(run / 'events.jsonl')}"
+        time.sleep(0.02)
+
+
+def rank_pids(run: Path) -> dict[int, int]:
+    """The ranks of the newest attempt."""
+    started = [line for line in lines(run / "events.jsonl") if line["event"] == "rank_started"]
+    newest = max(line["attempt"] for line in started)
+    return {line["rank"]: line["pid"] for line in started if line["attempt"] == newest}
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step; where a step stands twice the last attempt counts."""
+    return {line["step"]: line["loss"] for line in lines(run / "metrics.jsonl") if line["split"] == "train"}
+
+
+def final_shards(run: Path) -> list[tuple[str, str]]:
+    """Name and hash of each shard of the newest checkpoint."""
+    folder = sorted((run / "checkpoints").glob("step-*"))[-1]
+    payload = json.loads((folder / "manifest.json").read_text())["payload"]
+    return [(shard["file"], shard["sha256"]) for shard in payload["shards"]]
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

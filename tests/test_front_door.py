@@ -1,0 +1,162 @@
+"""The real command: run, kill, resume, bad input. Slow tests share their runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.front_door import (
+    alive,
+    dist_train,
+    final_shards,
+    lines,
+    losses,
+    rank_pids,
+    start,
+    wait_for_step,
+    write_tickets,
+)
+
+pytestmark = pytest.mark.front_door
+
+STEPS = 60
+RUN_FILES = """config.yaml plan.json commands.sh metrics.jsonl events.jsonl environment.json data.json report.json
+report.md report.html predictions/test.parquet predictions/validation.parquet logs/rank0.log logs/rank1.log
+best/config.json best/model.safetensors best/tokenizer.json"""
+SETTINGS = [
+    "data.path=tickets.csv",
+    "data.label_column=queue",
+    "data.cache_dir=prepared",
+    f"train.steps={STEPS}",
+    "train.global_batch_size=15",
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.feedforward=64",
+    "eval.every_steps=30",
+    "eval.bootstrap_samples=100",
+    "checkpoint.every_steps=10",
+    "track.log_every_steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, with a slurm/ and a recipes/ of its own, and the uninterrupted runs on 2 and 4 ranks."""
+    folder = tmp_path_factory.mktemp("desk")
+    write_tickets(folder / "tickets.csv")
+    for name in ("slurm", "recipes"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('the user\\'s own package was imported')")
+    for ranks in (2, 4):
+        done = dist_train(_run(f"whole{ranks}", ranks), folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / f"whole{ranks}.txt").write_text(done.stdout)
+    return folder
+
+
+def _run(name: str, ranks: int = 2) -> list[str]:
+    return ["run", "ticket_routing", f"name={name}", *SETTINGS, f"parallel.processes_per_node={ranks}"]
+
+
+def _assert_same_result(run: Path, whole: Path) -> None:
+    assert losses(run) == losses(whole)
+    assert len(losses(run)) == STEPS
+    assert final_shards(run) == final_shards(whole)
+
+
+def test_a_run_leaves_everything_and_says_where_it_is(desk: Path) -> None:
+    run = desk / "runs" / "whole2"
+    for name in RUN_FILES.split():
+        assert (run / name).is_file(), name
+    report = json.loads((run / "report.json").read_text())
+    for name in ("accuracy", "macro_f1"):
+        entry = report["metrics"]["test"][name]
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert report["baselines"]["ngram"]["test"][name]["value"] > 0
+    text = (desk / "whole2.txt").read_text()
+    assert str(run / "report.html") in text.replace("\n", "")
+    assert "next:" in text
+    first = lines(run / "metrics.jsonl")[0]
+    assert first["step"] == 1
+    assert {"step", "samples", "split", "loss", "attempt"} <= set(first)
+
+
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str) -> None:
+    run = desk / "runs" / f"killed-{victim}-{ranks}"
+    process = start(_run(run.name, ranks), desk)
+    wait_for_step(run, 23)
+    pids = rank_pids(run)
+    os.kill(pids[ranks - 1] if victim == "rank" else process.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    if victim == "rank":
+        assert process.returncode == 15
+        assert f"rank {ranks - 1} (process {pids[ranks - 1]}) was killed" in output
+    deadline = time.monotonic() + 5
+    while any(alive(pid) for pid in pids.values()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids.values() if alive(pid)], "a rank was left behind"
+    resumed = dist_train(["resume", f"runs/{run.name}"], desk)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed at step 20" in resumed.stdout
+    _assert_same_result(run, desk / "runs" / f"whole{ranks}")
+
+
+def test_ctrl_c_saves_the_step_it_is_at_and_the_run_goes_on_from_there(desk: Path) -> None:
+    run = desk / "runs" / "stopped"
+    process = start(_run(run.name), desk)
+    wait_for_step(run, 13)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "is saved" in output
+    stopped_at = max(line["step"] for line in lines(run / "metrics.jsonl"))
+    resumed = dist_train(["resume", f"runs/{run.name}"], desk)
+    assert f"resumed at step {stopped_at}" in resumed.stdout, resumed.stdout + resumed.stderr
+    _assert_same_result(run, desk / "runs" / "whole2")
+
+
+def test_a_stopped_rank_is_named_and_nothing_is_left_behind(desk: Path) -> None:
+    run = desk / "runs" / "hung"
+    process = start([*_run(run.name), "parallel.timeout_s=6"], desk)
+    wait_for_step(run, 5)
+    pids = rank_pids(run)
+    os.kill(pids[1], signal.SIGSTOP)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 14, output
+    assert "Missing: rank 1 (silent since step" in output
+    assert not [pid for pid in pids.values() if alive(pid)]
+
+
+def test_a_live_run_and_an_existing_name_are_refused(desk: Path) -> None:
+    run = desk / "runs" / "live"
+    process = start(_run(run.name), desk)
+    wait_for_step(run, 2)
+    resumed = dist_train(["resume", "runs/live"], desk)
+    assert resumed.returncode == 12
+    assert "in use by a live run" in resumed.stderr
+    again = dist_train(_run("live"), desk)
+    assert again.returncode == 12
+    assert "dist-train resume" in again.stderr
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+def test_all_checkpoints_damaged_is_exit_11_and_never_a_fresh_start(desk: Path) -> None:
+    run = desk / "runs" / "hung"
+    for shard in (run / "checkpoints").glob("step-*/rank-00000*"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    if not list((run / "checkpoints").glob("step-*")):
+        (run / "checkpoints").mkdir(exist_ok=True)
+        with open(run / "events.jsonl", "a") as stream:
+            stream.write('{"time": 0, "event": "checkpoint_committed", "step": 1}\n')
+    resumed = dist_train(["resume", "runs/hung"], desk)
+    assert resumed.returncode == 11, resumed.stdout + resumed.stderr
+    assert losses(run) == losses(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
@@ -50,7 +51,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     if silent:
         failures.append(f"no answer from ranks {silent} within {timeout_s:.0f} s")
     assert not failures, "\n".join(failures)
-    return [answers[rank][1] for rank in range(world_size)]
+    return [pickle.loads(answers[rank][1]) for rank in range(world_size)]
 
 
 def _rank(
@@ -70,7 +71,8 @@ def _rank(
             GLOO_SOCKET_IFNAME="lo",
         )
     try:
-        results.put((rank, True, function(*arguments)))
+        # Plain pickle carries tensors by value: torch's own would hand over shared memory that ends with this process.
+        results.put((rank, True, pickle.dumps(function(*arguments))))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
     sys.stdout.flush()

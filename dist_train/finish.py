@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,9 +20,8 @@ from dist_train.evaluate import evaluate
 from dist_train.events import log_event
 from dist_train.loop import Training
 from dist_train.recipe import Recipe
-from dist_train.rundir import RunDir, fsync_folder, storage_error, write_json
-
-SPLITS = ("validation", "test")
+from dist_train.report import SPLITS, build_report
+from dist_train.rundir import fsync_folder, storage_error, write_json
 
 
 def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
@@ -40,20 +38,10 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
     # The other ranks are done; what follows needs no collective, and may take longer than one may wait for.
     engine.close()
     if engine.rank == 0:
-        report = build(run, recipe, config, lambda text: _say(training, text))
+        report = build_report(run, recipe, config, lambda text: _say(training, text))
         if training.tracker is not None:
             test = report["metrics"].get("test", {})
             training.tracker.finish({f"test/{name}": entry["value"] for name, entry in test.items()})
-
-
-def build(run: RunDir, recipe: Recipe, config: Any, say: Any) -> dict[str, Any]:
-    """Baselines and report from the kept predictions. Torch-free."""
-    from dist_train.report import build_report
-
-    folder = Path(json.loads(run.data_facts.read_text())["folder"])
-    baselines = recipe.score.baselines(folder, config, say)
-    say("writing the report")
-    return build_report(run, recipe.score, baselines, config)
 
 
 def _load_checkpoint(training: Training, which: str) -> int:

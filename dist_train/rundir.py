@@ -94,6 +94,20 @@ class RunDir:
         finally:
             os.close(descriptor)
 
+    def is_locked(self) -> bool:
+        """Whether a live run of another process holds the directory; takes no lock itself."""
+        try:
+            descriptor = os.open(self._lock_file, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            os.lockf(descriptor, os.F_TEST, 0)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     @staticmethod
     def existing(path: str | Path) -> RunDir:
         """The run at `path`. ConfigError when that is no run directory."""

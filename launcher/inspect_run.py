@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from dist_train import config_io
 from dist_train.hardware import detect_hardware
 from dist_train.plan import make_plan
 from dist_train.recipe import load_recipe
+from dist_train.report import build_report
 from dist_train.rundir import RunDir
 from launcher.preflight import check_gpus, check_imports
 from launcher.start import prepare_data, print_plan
@@ -28,12 +27,8 @@ def show_plan(recipe_name: str, overrides: list[str]) -> None:
 
 def rebuild_report(path: str) -> RunDir:
     """Write the report of a run again from its kept predictions."""
-    from dist_train.report import build_report
-
     run = RunDir.existing(path)
-    config = config_io.load_run_config(run)
-    recipe = load_recipe(config.recipe)
-    folder = json.loads(run.data_facts.read_text())["folder"]
-    baselines = recipe.score.baselines(folder, config, print)
-    build_report(run, recipe.score, baselines, config)
+    with run.locked():
+        config = config_io.load_run_config(run)
+        build_report(run, load_recipe(config.recipe), config, print)
     return run

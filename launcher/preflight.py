@@ -8,9 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
+from dist_train.config import RunConfig
 from dist_train.errors import BusyError, ConfigError, StorageError
 from dist_train.hardware import Hardware, find_gpu
 from dist_train.plan import LaunchPlan
+from dist_train.recipe import Recipe
 from dist_train.rundir import RunDir, storage_error
 
 # Below this a run would hardly write its logs; the checkpoints' need is known once the model is.
@@ -22,6 +24,13 @@ def check_imports() -> None:
     missing = [name for name in ("torch", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} cannot be imported: install the project as its README says.")
+
+
+def check_metric(config: RunConfig, recipe: Recipe) -> None:
+    """eval.metric names a metric of the recipe that is better when higher."""
+    known = recipe.score.METRICS
+    if config.eval.metric is not None and config.eval.metric not in known:
+        raise ConfigError(f"eval.metric is {config.eval.metric}, but this recipe can choose by: {', '.join(known)}.")
 
 
 def check_output(run: RunDir) -> None:

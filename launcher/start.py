@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from dist_train.recipe import Recipe, load_recipe
 
 from dist_train import config_io
 from dist_train.config import RunConfig
@@ -22,9 +21,10 @@ from dist_train.errors import ConfigError, DataError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.plan import LaunchPlan, make_plan
+from dist_train.recipe import Recipe, load_recipe
 from dist_train.rundir import RunDir, default_run_name, write_atomic, write_json
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
-from launcher.preflight import check_gpus, check_imports, check_output
+from launcher.preflight import check_gpus, check_imports, check_metric, check_output
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
 
@@ -39,6 +39,7 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
     check_imports()
     check_output(directory)
     recipe = load_recipe(config.recipe)
+    check_metric(config, recipe)
     facts = prepare_data(config, recipe)
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
@@ -193,7 +194,10 @@ def _versions() -> dict[str, str | None]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code in the working directory, and whether it has uncommitted changes; null outside a checkout."""
-    commit = read_output(["git", "rev-parse", "HEAD"])
-    changes = read_output(["git", "status", "--porcelain", "-uno"])
-    return None if commit is None else {"commit": commit, "dirty": bool(changes)}
+    """Commit of the checkout that the run was typed in, else of the one that this toolkit runs from; null without."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parent):
+        commit = read_output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+        if commit is not None:
+            changes = read_output(["git", "-C", str(folder), "status", "--porcelain", "-uno"])
+            return {"commit": commit, "dirty": bool(changes), "folder": str(folder)}
+    return None

@@ -1,13 +1,38 @@
-"""How ticket routing is scored, from the predictions that are kept. Torch-free."""
+"""How ticket routing is scored from the predictions that are kept, and what it is held against. Torch-free."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dist_train.metrics import Classification
+from recipes.ticket_routing.data import load_facts, read_split
 
 METRIC = "macro_f1"
+"""Picks the best checkpoint unless eval.metric names another of METRICS; higher is better."""
+METRICS = ("macro_f1", "accuracy")
+HEADLINE = ("accuracy", "macro_f1", "log_loss", "calibration_error")
+"""The metrics of the summary table."""
+COMPARED = ("accuracy", "macro_f1")
+"""The metrics by which the report says whether the model beats a baseline."""
+BASELINES = {"ngram": "TF-IDF of words and word pairs + logistic regression", "majority": "always the largest queue"}
+
+_SPLITS = ("validation", "test")
+# Changes whenever a baseline would be trained differently.
+_BASELINE_VERSION = 1
+_NGRAM = {"ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True, "dtype": np.float32}
+_REGRESSION = {"max_iter": 300, "tol": 1e-3}
+# The inverse strength of the regularisation is chosen on the validation split: a weak baseline would prove nothing.
+_STRENGTHS = (1.0, 3.0, 10.0, 30.0)
 
 
 def prediction_table(rows: pa.Table, probability: np.ndarray, labels: list[str]) -> pa.Table:
@@ -26,14 +51,81 @@ def prediction_table(rows: pa.Table, probability: np.ndarray, labels: list[str])
 
 
 def metrics(table: pa.Table, labels: list[str]) -> dict[str, float]:
-    """Accuracy, macro-F1 and log loss as point values."""
-    from sklearn.metrics import accuracy_score, f1_score, log_loss
+    """Point values for the training's own evaluations; `loss` is the log loss."""
+    values = _classification(table, labels).values()
+    return {"loss": values["log_loss"], "accuracy": values["accuracy"], "macro_f1": values["macro_f1"]}
 
-    truth, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
+
+def measure(table: pa.Table) -> Classification:
+    """All metrics of a predictions table, as a function of row weights."""
+    return _classification(table, json.loads(table.schema.metadata[b"labels"]))
+
+
+def figures(measures: dict[str, Classification], classes: dict[str, Any]) -> list[dict[str, str]]:
+    """The report's figures of one split, each with title, caption and image; `classes`: the intervals per class."""
+    from dist_train import plots
+
+    model = measures["model"]
+    return [
+        plots.confusion(model.confusion(), model.labels),
+        plots.reliability({name: measures[name].reliability() for name in ("model", "ngram")}),
+        plots.per_class(classes, "f1"),
+    ]
+
+
+def baselines(prepared: Path, report: Callable[[str], None]) -> dict[str, dict[str, pa.Table]]:
+    """Predictions of each baseline for validation and test, trained on the training split of the prepared folder.
+
+    They depend on the split alone, so they are kept beside it and trained once.
+    """
+    from filelock import FileLock
+
+    described = json.dumps([_BASELINE_VERSION, _NGRAM, _REGRESSION, _STRENGTHS], default=str)
+    folder = prepared / f"baselines-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+    files = {(name, split): folder / f"{name}-{split}.parquet" for name in BASELINES for split in _SPLITS}
+    with FileLock(prepared / ".baselines.lock"):
+        if not all(path.is_file() for path in files.values()):
+            began = time.monotonic()
+            report(f"training the baseline: {BASELINES['ngram']}")
+            folder.mkdir(exist_ok=True)
+            for key, table in _train_baselines(prepared).items():
+                temporary = files[key].with_suffix(".tmp")
+                pq.write_table(table, temporary)
+                os.replace(temporary, files[key])
+            report(f"baseline trained in {time.monotonic() - began:.1f} s")
+    return {name: {split: pq.read_table(files[name, split]) for split in _SPLITS} for name in BASELINES}
+
+
+def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    labels = load_facts(prepared)["labels"]
+    train = read_split(prepared, "train")
+    rows = {split: read_split(prepared, split) for split in _SPLITS}
+    truth = train["label"].to_numpy()
+    vectorizer = TfidfVectorizer(**_NGRAM)
+    counts = vectorizer.fit_transform(train["text"].to_pylist())
+    seen = {split: vectorizer.transform(table["text"].to_pylist()) for split, table in rows.items()}
+    best = -1.0
+    tables: dict[tuple[str, str], pa.Table] = {}
+    for strength in _STRENGTHS:
+        model = LogisticRegression(C=strength, **_REGRESSION).fit(counts, truth)
+        # Every label has training rows (data.py sees to it), so the columns are the labels' indices.
+        predicted = {
+            split: prediction_table(rows[split], model.predict_proba(seen[split]), labels) for split in _SPLITS
+        }
+        reached = metrics(predicted["validation"], labels)[METRIC]
+        if reached > best:
+            best = reached
+            tables |= {("ngram", split): table for split, table in predicted.items()}
+    share = np.bincount(truth, minlength=len(labels)) / len(truth)
+    for split, table in rows.items():
+        tables["majority", split] = prediction_table(table, np.tile(share, (table.num_rows, 1)), labels)
+    return tables
+
+
+def _classification(table: pa.Table, labels: list[str]) -> Classification:
     flat = table["probability"].combine_chunks().values.to_numpy()
-    indices = np.arange(len(labels))
-    return {
-        "loss": float(log_loss(truth, flat.reshape(-1, len(labels)).astype(np.float64), labels=indices)),
-        "accuracy": float(accuracy_score(truth, predicted)),
-        "macro_f1": float(f1_score(truth, predicted, labels=indices, average="macro", zero_division=0)),
-    }
+    truth, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
+    return Classification(truth, predicted, flat.reshape(-1, len(labels)), labels)

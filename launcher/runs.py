@@ -1,0 +1,109 @@
+"""The commands that look over many runs: list, and the differences of two."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_train import config_io
+from dist_train.errors import ConfigError
+from dist_train.events import read_lines
+from dist_train.report import show_interval
+from dist_train.rundir import RunDir
+
+# Wide enough for any path: a table cut to the terminal's width would hide what was asked for.
+_CONSOLE_WIDTH = 160
+
+
+def print_list(output_dir: str) -> None:
+    """One line a run: when it began, how far it came, how it ended, and its headline metrics."""
+    runs = [RunDir(path.parent) for path in sorted(Path(output_dir).glob("*/config.yaml"))]
+    if not runs:
+        print(f"no runs below {Path(output_dir).absolute()}; another folder: dist-train runs --output-dir FOLDER")
+        return
+    table = Table("run", "started", "state", "step", "test result")
+    for run in sorted(runs, key=_started):
+        report = _read(run.report_json)
+        names = report["headline"][:2] if report else []
+        headline = [f"{name} {report['metrics']['test'][name]['value']:.4f}" for name in names]
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(_started(run)))
+        table.add_row(run.name, started, _state(run), _progress(run), "  ".join(headline))
+    _console().print(table)
+
+
+def print_diff(first: str, second: str, output_dir: str) -> None:
+    """Settings, surroundings and results that differ between two runs, given as paths or as names below output_dir."""
+    runs = [_find(name, output_dir) for name in (first, second)]
+    sides = [_flat(run) for run in runs]
+    table = Table("what differs", *(run.name for run in runs))
+    for key in sorted({*sides[0], *sides[1]}):
+        values = [str(side.get(key, "-")) for side in sides]
+        if values[0] != values[1]:
+            table.add_row(key, *values)
+    console = _console()
+    console.print(table if table.row_count else "settings, data and surroundings are the same")
+    reports = [_read(run.report_json) for run in runs]
+    missing = [run.name for run, report in zip(runs, reports, strict=True) if not report]
+    if missing:
+        console.print(f"no report yet: {', '.join(missing)}")
+        return
+    results = Table("test split", *(run.name for run in runs))
+    tests = [report["metrics"]["test"] for report in reports]
+    for name in tests[0]:
+        results.add_row(name, *(show_interval(test[name]) if name in test else "-" for test in tests))
+    console.print(results)
+    if sides[0]["data"] != sides[1]["data"]:
+        console.print("The two were tested on different data or splits: their results cannot be compared row by row.")
+
+
+def _find(name: str, output_dir: str) -> RunDir:
+    for path in (Path(name), Path(output_dir) / name):
+        if (path / "config.yaml").is_file():
+            return RunDir(path)
+    raise ConfigError(f"there is no run {name}, as a path or below {output_dir}: `dist-train runs` lists them.")
+
+
+def _flat(run: RunDir) -> dict[str, Any]:
+    """Settings, plan, data and surroundings of a run by dotted names."""
+    flat = dict(config_io.flatten(config_io.load_run_config(run)))
+    environment, plan, facts = _read(run.environment), _read(run.plan), _read(run.data_facts)
+    flat["data"] = facts.get("fingerprint", "-")[:16]
+    flat |= {f"plan.{key}": plan.get(key) for key in ("world_size", "steps", "precision", "strategy", "device")}
+    flat |= {f"version.{name}": version for name, version in environment.get("versions", {}).items()}
+    flat |= {"commit": environment.get("git"), "cpu": environment.get("hardware", {}).get("cpu")}
+    return flat
+
+
+def _state(run: RunDir) -> str:
+    if run.is_locked():
+        return "running"
+    turns = ("run_started", "failed", "finished", "stopped")
+    last = [event for event in read_lines(run.events) if event["event"] in turns]
+    if not last:
+        return "not started"
+    name = last[-1]["event"]
+    # A start without an end whose lock is free: the launcher was killed.
+    return {"run_started": "interrupted", "failed": f"failed ({last[-1].get('code')})"}.get(name, name)
+
+
+def _progress(run: RunDir) -> str:
+    step = max((line["step"] for line in read_lines(run.metrics)), default=0)
+    return f"{step}/{_read(run.plan).get('steps', '?')}"
+
+
+def _started(run: RunDir) -> float:
+    return next((event["time"] for event in read_lines(run.events)), run.config.stat().st_mtime)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_CONSOLE_WIDTH)

@@ -199,7 +199,7 @@ def _walk(
 
 
 def _unknown(name: str, model: type[RunConfig]) -> str:
-    near = nearest_keys(name, [*keys_of(model), *sections_of(model)])
+    near = nearest_keys(name, [*keys_of(model), *sections_of(model)]) or _described_as(name, model)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     group = name.rpartition(".")[0]
     known = [key for key in keys_of(model) if key.rpartition(".")[0] == group]
@@ -207,6 +207,15 @@ def _unknown(name: str, model: type[RunConfig]) -> str:
         f" Known in {group or 'the top level'}: {', '.join(key.rpartition('.')[2] for key in known)}." if known else ""
     )
     return f"{name} is no known key.{hint}{'' if near else listed}"
+
+
+def _described_as(name: str, model: type[RunConfig]) -> list[str]:
+    """The key that is described in the very words of `name`: optim.lr for learning_rate."""
+    words = name.rpartition(".")[2].replace("_", " ")
+    described = {key.name: key.field.description or "" for key in keys_of(model).values()}
+    return sorted((key for key in described if words in described[key].lower()), key=lambda key: len(described[key]))[
+        :1
+    ]
 
 
 def _take_override(text: str, model: type[RunConfig], given: dict[str, Given], layer: int, problems: list[str]) -> None:

@@ -22,6 +22,8 @@ class Classification:
         self.labels = labels
         self.rows = len(truth)
         self._cell = truth.astype(np.int64) * len(labels) + predicted
+        self._rankings = [_ranking(probability[:, index], truth == index) for index in range(len(labels))]
+        # float32 rows sum to 1 only nearly; rankings are taken before, since a division makes and breaks ties.
         probability = probability.astype(np.float64)
         probability /= probability.sum(1, keepdims=True)
         chosen = probability[np.arange(self.rows), truth]
@@ -29,7 +31,6 @@ class Classification:
         self._confidence = probability[np.arange(self.rows), predicted]
         self._correct = (truth == predicted).astype(np.float64)
         self._bin = np.minimum((self._confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-        self._rankings = [_ranking(probability[:, index], truth == index) for index in range(len(labels))]
 
     def values(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Every metric by name, rows counted `weights` [n] times; a class's own are named class/LABEL/METRIC.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 from dist_train.rundir import RunDir
 
@@ -10,14 +12,17 @@ from dist_train.rundir import RunDir
 def print_summary(run: RunDir) -> None:
     import json
 
-    from dist_train.report import summary_table
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from dist_train.report import summary_table
 
     console = Console(highlight=False)
     report = json.loads(run.report_json.read_text())
     header, *rows = summary_table(report)
-    table = Table(*header, title=f"{run.name}: test split, 95 % intervals", title_justify="left")
+    title = f"{run.name}: test split with 95 % intervals; differences are paired"
+    table = Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -33,13 +38,19 @@ def print_summary(run: RunDir) -> None:
     ):
         console.print(f"{name:13s}{path}", markup=False, soft_wrap=True)
     console.print("\nnext:", markup=False)
-    shown = _short(run.path)
-    for command in (
-        f"dist-train run {shown}/config.yaml        # the same again, under a new name",
-        f"dist-train resume {shown} train.stop_after_steps=null   # only after a staged run",
-        f"dist-train runs diff {shown} OTHER_RUN",
-    ):
+    for command in _next_commands(run, report):
         console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _next_commands(run: RunDir, report: dict[str, Any]) -> list[str]:
+    shown = shlex.quote(_short(run.path))
+    commands = [
+        f"dist-train run {shown}/config.yaml  # the same again, under a new name",
+        f"dist-train runs diff {shown} OTHER  # what differs from another run",
+    ]
+    if report["training"]["last_step"] < report["plan"]["steps"]:
+        commands.insert(0, f"dist-train resume {shown} train.stop_after_steps=null  # train the rest of the schedule")
+    return commands
 
 
 def _short(path: Path) -> str:

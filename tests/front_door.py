@@ -9,13 +9,18 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 WORDS = {
     "network": ["vpn", "wifi", "router", "cable", "connection", "drops", "slow", "signal", "proxy", "firewall"],
     "hardware": ["laptop", "screen", "keyboard", "dock", "battery", "broken", "printer", "mouse", "fan", "monitor"],
-    "access": ["password", "account", "locked", "permission", "login", "reset", "role", "badge", "token", "group"],
+    # A name that HTML, Markdown and matplotlib would each read as more than text.
+    "<i>access</i>|$x_1": ["password", "account", "locked", "permission", "login", "reset", "role", "badge", "token"],
 }
 COMMON_TEXT = "please hello the my is not since monday team urgent help with on for again today"
 COMMON = COMMON_TEXT.split()
@@ -51,7 +56,7 @@ def dist_train(arguments: list[str], cwd: Path, **extra: str) -> subprocess.Comp
     return subprocess.run(
         [sys.executable, "-m", "launcher", *arguments],
         cwd=cwd,
-        env=environment(cwd, PYTHONPATH=str(Path(__file__).parent.parent), **extra),
+        env=environment(cwd, **{"PYTHONPATH": str(Path(__file__).parent.parent), **extra}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -106,3 +111,16 @@ def alive(pid: int) -> bool:
             return stream.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own at `folder`. Skips where mounting is not allowed."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

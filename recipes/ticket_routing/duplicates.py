@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -31,23 +31,32 @@ def group_near_duplicates(texts: Sequence[str]) -> np.ndarray:
             # Equal sets meet here, so that no bucket below is crowded by copies.
             parent[index] = first_of.setdefault(tokens, index)
     distinct = np.fromiter(first_of.values(), dtype=np.int64, count=len(first_of))
-    for first, second in _candidates([words[index] for index in distinct]):
-        _unite_if_near(parent, words, int(distinct[first]), int(distinct[second]))
+    for bucket in _buckets([words[index] for index in distinct]):
+        _unite_bucket(parent, words, distinct[bucket].tolist())
     return np.array([_root(parent, index) for index in range(len(texts))], dtype=np.int64)
 
 
-def near_pairs_across(groups: np.ndarray, split_of: np.ndarray, first: int, second: int) -> int:
-    """Groups that hold rows of both splits."""
-    return len(np.intersect1d(groups[split_of == first], groups[split_of == second]))
+def _unite_bucket(parent: np.ndarray, words: list[frozenset[str]], bucket: list[int]) -> None:
+    """Unite the groups that have a near pair in the bucket. Pairs within a group need no look, so that thousands of
+    tickets from one template cost a comparison each, not one for every pair."""
+    groups: dict[int, list[int]] = {}
+    for index in bucket:
+        own = [index]
+        for root in list(groups):
+            if _root(parent, index) == root or any(_near(words[index], words[other]) for other in groups[root]):
+                _unite(parent, index, root)
+                own += groups.pop(root)
+        groups[_root(parent, index)] = own
 
 
-def _unite_if_near(parent: np.ndarray, words: list[frozenset[str]], first: int, second: int) -> None:
+def _near(first: frozenset[str], second: frozenset[str]) -> bool:
+    common = len(first & second)
+    return common >= THRESHOLD * (len(first) + len(second) - common)
+
+
+def _unite(parent: np.ndarray, first: int, second: int) -> None:
     a, b = _root(parent, first), _root(parent, second)
-    if a == b:
-        return
-    common = len(words[first] & words[second])
-    if common >= THRESHOLD * (len(words[first]) + len(words[second]) - common):
-        parent[max(a, b)] = min(a, b)
+    parent[max(a, b)] = min(a, b)
 
 
 def _root(parent: np.ndarray, index: int) -> int:
@@ -57,22 +66,17 @@ def _root(parent: np.ndarray, index: int) -> int:
     return index
 
 
-def _candidates(sets: list[frozenset[str]]) -> list[tuple[int, int]]:
-    """Pairs that share a band of their signatures: each set with the ones before it in the same bucket."""
+def _buckets(sets: list[frozenset[str]]) -> Iterator[list[int]]:
+    """Sets that share a band of their signatures, in rising order."""
     signatures = _signatures(sets)
-    seen: set[tuple[int, int]] = set()
     for band in range(_BANDS):
         rows = np.ascontiguousarray(signatures[:, band * _ROWS : (band + 1) * _ROWS])
         keys = rows.view(f"V{rows.itemsize * _ROWS}").ravel()
         _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
         order = np.argsort(inverse, kind="stable")
-        start = 0
-        for count in counts:
-            if count > 1:
-                bucket = np.sort(order[start : start + count]).tolist()
-                seen.update((a, b) for place, b in enumerate(bucket) for a in bucket[:place])
-            start += int(count)
-    return sorted(seen)
+        ends = np.cumsum(counts)
+        for end, count in zip(ends[counts > 1], counts[counts > 1], strict=True):
+            yield np.sort(order[end - count : end]).tolist()
 
 
 def _signatures(sets: list[frozenset[str]]) -> np.ndarray:

@@ -112,9 +112,8 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, **_REGRESSION).fit(counts, truth)
         # Every label has training rows (data.py sees to it), so the columns are the labels' indices.
-        predicted = {
-            split: prediction_table(rows[split], model.predict_proba(seen[split]), labels) for split in _SPLITS
-        }
+        probability = {split: model.predict_proba(features) for split, features in seen.items()}
+        predicted = {split: prediction_table(rows[split], probability[split], labels) for split in _SPLITS}
         reached = metrics(predicted["validation"], labels)[METRIC]
         if reached > best:
             best = reached

@@ -26,7 +26,8 @@ def named_state(
     state |= {f"buffer/{name}": buffer for name, buffer in module.named_buffers()}
     state |= {f"ema/{name}": tensor for name, tensor in (ema or {}).items()}
     for name, parameter in module.named_parameters():
-        for kind, value in optimizer.state.get(parameter, {}).items():
+        # Sorted: a loaded state has its kinds in another order than one that grew, and the files shall be the same.
+        for kind, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
                 state[f"optim/{kind}/{name}"] = value
     return state

@@ -15,7 +15,7 @@ from torch import nn
 from dist_train import checkpoint, checkpoint_files
 from dist_train.data import row_seeds
 from dist_train.engine import Engine
-from dist_train.errors import CheckpointError, StorageError
+from dist_train.errors import CheckpointError, Preempted, StorageError
 from dist_train.evaluate import evaluate
 from dist_train.events import log_event
 from dist_train.loop import Training
@@ -38,6 +38,8 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
     # The other ranks are done; what follows needs no collective, and may take longer than one may wait for.
     engine.close()
     if engine.rank == 0:
+        if training.stop:
+            raise Preempted(f"stopped before the report was written; go on with: dist-train report {run.path}")
         report = build_report(run, recipe, config, lambda text: _say(training, text))
         if training.tracker is not None:
             test = report["metrics"].get("test", {})
@@ -47,10 +49,10 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
 def _load_checkpoint(training: Training, which: str) -> int:
     """Put the weights of the checkpoint into the module. Returns its step."""
     run, state = training.run, training.state
-    steps = {"best": state.best_step, "last": state.step}
+    # Before the first evaluation of a staged run the newest weights are the best known.
+    best = state.step if state.best_step is None else state.best_step
+    steps = {"best": best, "last": state.step}
     step = steps[which] if which in steps else int(which)
-    if step is None:
-        raise CheckpointError("no checkpoint was evaluated yet, so there is no best one: resume the run first.")
     folder = checkpoint_files.step_folder(run.checkpoints, step)
     try:
         manifest = checkpoint_files.verify(folder)

@@ -93,7 +93,8 @@ def train(training: Training) -> None:
         since = meter.pause()
         ended = state.step == last_step
         improved = False
-        if _evaluation_due(config, schedule, state.step, ended):
+        # A staged stop is no reason to evaluate: the stages together must do what one run does.
+        if _evaluation_due(config, schedule, state.step, plan.steps):
             improved = _evaluate(training)
             ended = ended or state.stopped_early
         due = config.checkpoint.every_steps is not None and state.step % config.checkpoint.every_steps == 0
@@ -198,9 +199,9 @@ def _report_nonfinite(training: Training, data: StepData) -> None:
         )
 
 
-def _evaluation_due(config: RunConfig, schedule: Schedule, step: int, ended: bool) -> bool:
+def _evaluation_due(config: RunConfig, schedule: Schedule, step: int, last_step: int) -> bool:
     period = config.eval.every_steps or schedule.steps_per_epoch
-    return ended or step % period == 0
+    return step == last_step or step % period == 0
 
 
 def _minutes_passed(every_minutes: float | None, since: float) -> bool:

@@ -66,6 +66,11 @@ def _has_key() -> bool:
         return False
 
 
+def _init_timeout_s() -> float:
+    """W&B would wait a minute and a half for a host that does not answer."""
+    return float(os.environ.get("WANDB_INIT_TIMEOUT", "15"))
+
+
 def _start_wandb(run: RunDir, config: RunConfig) -> Any:
     mode = wandb_mode(config)
     if mode == "disabled":
@@ -91,7 +96,7 @@ def _start_wandb(run: RunDir, config: RunConfig) -> Any:
             job_type=track.job_type,
             tags=track.tags or None,
             config=flatten(config),
-            settings=wandb.Settings(init_timeout=15, silent=True, disable_git=True, console="off"),
+            settings=wandb.Settings(init_timeout=_init_timeout_s(), silent=True, disable_git=True, console="off"),
         )
     except Exception as error:  # no key, no host, no space: the metrics are in metrics.jsonl all the same
         print(f"W&B is off: {error}", file=sys.stderr)

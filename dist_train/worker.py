@@ -104,4 +104,9 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written and closed. The libraries' threads are not ended in order by the interpreter: one rank in some
+    # hundred would abort here, after its work, and take the others with it.
+    os._exit(code)

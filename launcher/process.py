@@ -91,6 +91,8 @@ class Supervisor:
             self._look()
             if self.asked_to_stop > forwarded:
                 forwarded = self.asked_to_stop
+                if forwarded == 1:
+                    print("stopping: the step under way is ended and saved; once more to end at once.", flush=True)
                 self._tell_ranks(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
                 if forwarded > 1 or not self._ranks.pids:
                     return
@@ -147,7 +149,7 @@ class Supervisor:
             raise CrashError(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
         if self.asked_to_stop:
             raise _stopped(f"stopped before a step was saved.\n{self._what_next(0)}")
-        if returncode != 0:
+        if returncode != 0 and (not ranks.pids or ranks.finished != set(ranks.pids)):
             raise CrashError(
                 f"the ranks could not be started (exit status {returncode}); see {self.run.logs / 'launcher.log'}."
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import RunConfig, Section
-from dist_train.events import read_lines
+from dist_train.events import append_line, read_lines
 from dist_train.hardware import Hardware
 from dist_train.loop import Training, train
 from dist_train.plan import make_plan
@@ -33,7 +33,8 @@ class TinyConfig(RunConfig):
 class TinyRows:
     """Rows of random length whose class is the sum of their tokens modulo CLASSES."""
 
-    def __init__(self, split: str, count: int) -> None:
+    def __init__(self, split: str, count: int, record: Path | None = None) -> None:
+        self.record = record
         generator = np.random.default_rng({"train": 0, "validation": 1, "test": 2}[split])
         self.lengths = generator.integers(2, 20, count)
         self.tokens = [generator.integers(1, VOCABULARY, length) for length in self.lengths]
@@ -42,7 +43,9 @@ class TinyRows:
         self.weights = np.where(self.labels == 0, 2.5, 1.0)
 
     def take(self, indices: np.ndarray) -> list[Any]:
-        return [(self.tokens[index], self.labels[index]) for index in indices]
+        if self.record is not None:
+            append_line(self.record, {"indices": indices.tolist()})
+        return [(self.tokens[index], self.labels[index], int(index)) for index in indices]
 
 
 class TinyModel(nn.Module):
@@ -58,7 +61,8 @@ class TinyModel(nn.Module):
         pooled = (states * batch["mask"][:, :, None]).sum(1) / batch["mask"].sum(1, keepdim=True)
         logits = self.head(pooled)
         if self.training:
-            return weighted_sum(nn.functional.cross_entropy(logits, batch["label"], reduction="none"), batch["weight"])
+            losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+            return weighted_sum(losses + (logits * batch["poison"][:, None]).sum(1), batch["weight"])
         return {"probability": logits.softmax(-1)}
 
 
@@ -67,20 +71,30 @@ class TinyTask:
     num_rows: int = 203
     dropout: float = 0.0
     metric: str = "accuracy"
+    poisoned: tuple[int, ...] = ()
+    """Rows whose loss and gradient are NaN."""
+    record: Path | None = None
+    """Where the training rows that are taken are written down."""
 
     def build_model(self) -> nn.Module:
         return TinyModel(self.dropout)
 
     def rows(self, split: str) -> TinyRows:
-        return TinyRows(split, self.num_rows if split == "train" else 31)
+        if split == "train":
+            return TinyRows(split, self.num_rows, self.record)
+        return TinyRows(split, 31)
 
     def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
-        longest = max(len(tokens) for tokens, _ in rows)
+        longest = max(len(row[0]) for row in rows)
         tokens = np.zeros((len(rows), longest), dtype=np.int64)
-        for index, (row, _) in enumerate(rows):
-            tokens[index, : len(row)] = row
-        label = torch.tensor([int(label) for _, label in rows])
-        return {"tokens": torch.from_numpy(tokens), "mask": torch.from_numpy(tokens > 0), "label": label}
+        for index, row in enumerate(rows):
+            tokens[index, : len(row[0])] = row[0]
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "mask": torch.from_numpy(tokens > 0),
+            "label": torch.tensor([int(row[1]) for row in rows]),
+            "poison": torch.tensor([float("nan") if row[2] in self.poisoned else 0.0 for row in rows]),
+        }
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         rows = self.rows(split)

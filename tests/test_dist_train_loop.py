@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import TinyTask, curve, train_tiny
+from dist_train.checkpoint_files import newest_valid
+from dist_train.data import Schedule
+from dist_train.evaluate import evaluate
+from dist_train.events import read_lines
+from dist_train.rundir import RunDir
+from tests.fakes import TinyRows, TinyTask, curve, events, make_training, train_tiny
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -34,9 +39,12 @@ def test_every_split_of_the_batch_gives_the_same_losses(
     np.testing.assert_allclose(curve(tmp_path, "grad_norm"), curve(alone, "grad_norm"), rtol=1e-4)
 
 
-def test_a_global_batch_that_does_not_divide_gives_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_rows", "batch"), [(203, 13), (193, 16)], ids=["uneven shares", "last batch of one row"])
+def test_a_batch_that_does_not_divide_gives_the_same_losses(tmp_path: Path, num_rows: int, batch: int) -> None:
+    settings = {"train": {"global_batch_size": batch}}
     for world_size in (1, 2, 4):
-        run_ranks(world_size, _train, tmp_path / str(world_size), world_size, {"train": {"global_batch_size": 13}})
+        task = TinyTask(num_rows)
+        run_ranks(world_size, _train, tmp_path / str(world_size), world_size, settings, 1, task)
     for world_size in (2, 4):
         np.testing.assert_allclose(curve(tmp_path / str(world_size)), curve(tmp_path / "1"), rtol=1e-5)
 
@@ -45,23 +53,79 @@ def test_a_global_batch_that_does_not_divide_gives_the_same_losses(tmp_path: Pat
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path: Path, world_size: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = {"train": {"ema_decay": 0.9}}
-    expected = run_ranks(world_size, _train, whole, world_size, settings, 0.3)[0]
+    task = TinyTask(dropout=0.3)
+    expected = run_ranks(world_size, _train, whole, world_size, settings, 1, task)[0]
     for attempt, stop in ((1, 7), (2, 12), (3, None)):
         staged = {"train": {"ema_decay": 0.9, "stop_after_steps": stop}}
-        weights = run_ranks(world_size, _train, parts, world_size, staged, 0.3, attempt)[0]
+        weights = run_ranks(world_size, _train, parts, world_size, staged, attempt, task)[0]
     assert curve(parts) == curve(whole)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_run_goes_on_with_another_number_of_ranks(alone: Path, tmp_path: Path, world_size: int) -> None:
-    run_ranks(2, _train, tmp_path, 2, {"train": {"stop_after_steps": 9}})
-    run_ranks(world_size, _train, tmp_path, world_size, {}, 0.0, 2)
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    run_ranks(2, _train, tmp_path, 2, {"train": {"stop_after_steps": 9}}, 1, TinyTask(record=first))
+    run_ranks(world_size, _train, tmp_path, world_size, {}, 2, TinyTask(record=second))
     np.testing.assert_allclose(curve(tmp_path), curve(alone), rtol=1e-5)
     assert curve(tmp_path, "samples") == curve(alone, "samples")
+    # The rows that were trained, before and after: none lost, none twice, in the order of the schedule.
+    schedule = Schedule(203, 16, 0)
+    for record, steps in ((first, range(9)), (second, range(9, 20))):
+        taken = [index for line in read_lines(record) for index in line["indices"]]
+        assert sorted(taken) == sorted(int(row) for step in steps for row in schedule.rows_of(step))
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_alike_on_all_ranks(tmp_path: Path) -> None:
+    poisoned = int(Schedule(203, 16, 0).rows_of(6)[3])
+    task = TinyTask(poisoned=(poisoned,))
+    first, second = run_ranks(2, _train, tmp_path, 2, {}, 1, task)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in first.values())
+    bad_steps = [step + 1 for step in range(20) if poisoned in Schedule(203, 16, 0).rows_of(step)]
+    assert len(bad_steps) == 2, "once in each epoch"
+    assert [step for step, loss in enumerate(curve(tmp_path), start=1) if loss is None] == bad_steps
+    skipped = events(tmp_path, "nonfinite_step")
+    assert [event["step"] for event in skipped] == bad_steps
+    assert all(poisoned in event["rows"] for event in skipped)
+    line = next(line for line in read_lines(RunDir(tmp_path).metrics) if line["step"] == 7)
+    assert {"loss", "grad_norm"} <= set(line["nonfinite"])
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run_before_a_checkpoint_holds_them(tmp_path: Path) -> None:
+    poisoned = tuple(int(Schedule(203, 16, 0).rows_of(step)[0]) for step in (6, 7, 8))
+    task = TinyTask(poisoned=poisoned)
+    with pytest.raises(AssertionError, match="NumericError: the gradient was not finite in 3 steps in a row"):
+        run_ranks(2, _train, tmp_path, 2, {"checkpoint": {"every_steps": 5}}, 1, task)
+    manifest, damages = newest_valid(RunDir(tmp_path).checkpoints)
+    assert manifest is not None
+    assert (manifest["step"], damages) == (5, [])
+
+
+def test_early_stopping_counts_on_over_a_resume(tmp_path: Path) -> None:
+    settings = {"eval": {"every_steps": 2, "patience": 3}, "optim": {"lr": 1e-12}}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(1, _train, whole, 1, settings)
+    # Nothing is learnt at this rate, so three evaluations after the first one the run ends.
+    assert len(curve(whole)) == 8
+    run_ranks(1, _train, parts, 1, {**settings, "train": {"stop_after_steps": 5}})
+    run_ranks(1, _train, parts, 1, settings, 2)
+    assert curve(parts) == curve(whole)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 31])
+def test_evaluation_sees_every_row_once_on_any_number_of_ranks(tmp_path: Path, rows: int) -> None:
+    expected = run_ranks(1, _evaluate, tmp_path / "1", 1, rows)[0]
+    for probability in run_ranks(3, _evaluate, tmp_path / "3", 3, rows):
+        np.testing.assert_allclose(probability, expected, rtol=1e-5)
 
 
 def _train(
-    path: Path, world_size: int, settings: dict[str, dict[str, object]], dropout: float = 0.0, attempt: int = 1
+    path: Path, world_size: int, settings: dict[str, dict[str, object]], attempt: int = 1, task: TinyTask | None = None
 ) -> dict[str, torch.Tensor]:
-    return train_tiny(path, world_size, TinyTask(dropout=dropout), attempt, **settings)
+    return train_tiny(path, world_size, task or TinyTask(), attempt, **settings)
+
+
+def _evaluate(path: Path, world_size: int, rows: int) -> np.ndarray:
+    training = make_training(path, world_size, TinyTask())
+    return evaluate(training.engine, training.task, TinyRows("validation", rows), 4)["probability"]

@@ -31,7 +31,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in files.items():
         (folder / name).write_text(text)
     good = (folder / "good.csv").read_text()
-    (folder / "test.csv").write_text(good + "what does the law say,legal\n")
+    (folder / "test.csv").write_text(good + "what does the law say,legal\nis this legal at all,legal\n")
     broken = b'text,queue\n"two\nlines",network\n' + b"caf\xe9 is closed,hardware\n"
     (folder / "latin.csv").write_bytes(broken)
     (folder / "latin.csv.gz").write_bytes(gzip.compress(broken))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dist_train.errors import DataError, UnsafeInputError
+from dist_train.errors import ConfigError, DataError, UnsafeInputError
 from dist_train.task import Batch
 from recipes.ticket_routing import score
 from recipes.ticket_routing.config import Config, ModelConfig
@@ -73,7 +73,14 @@ class TicketTask:
         model, data = self.config.model, self.config.data
         if model.kind == "pretrained":
             assert model.pretrained is not None
-            return PretrainedEncoder(_load_pretrained(model.pretrained, model.revision, self.labels, model.dropout))
+            encoder = _load_pretrained(model.pretrained, model.revision, self.labels, model.dropout)
+            positions = getattr(encoder.config, "max_position_embeddings", data.max_tokens)
+            if positions < data.max_tokens:
+                raise ConfigError(
+                    f"data.max_tokens is {data.max_tokens}, but {model.pretrained} has {positions} positions: "
+                    f"set data.max_tokens to {positions} or less."
+                )
+            return PretrainedEncoder(encoder)
         return _own_encoder(model, self.vocabulary, data.max_tokens, len(self.labels))
 
     def rows(self, split: str) -> TicketRows:

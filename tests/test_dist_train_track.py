@@ -1,0 +1,83 @@
+"""Tracking with the real W&B, offline: one id over restarts, nothing secret written, never in the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dist_train.events import read_lines
+from dist_train.rundir import RunDir
+from dist_train.track import Tracker, wandb_mode
+from tests.fakes import TinyConfig
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def _run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "runs" / "mine")
+    run.create()
+    return run
+
+
+def test_two_attempts_are_one_offline_wandb_run_and_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_PROJECT", "tickets")
+    run = _run(tmp_path)
+    config = TinyConfig(recipe="tiny", track={"wandb": "offline", "group": "sweep", "tags": ["a"]})
+    for attempt, step in ((1, 1), (2, 2)):
+        tracker = Tracker(run, config, attempt)
+        tracker.log("train", step, 16 * step, {"loss": 1.0 / step})
+        tracker.finish({"test/accuracy": 0.5})
+    lines = list(read_lines(run.metrics))
+    assert [(line["step"], line["attempt"], line["loss"]) for line in lines] == [(1, 1, 1.0), (2, 2, 0.5)]
+    run_id = run.wandb_id.read_text().strip()
+    stored = list((run.path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert stored
+    content = b"".join(path.read_bytes() for path in stored)
+    for word in (b"train/loss", b"tickets", b"sweep", b"train.global_batch_size"):
+        assert word in content
+    for path in run.path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "key", "expected"),
+    [
+        ("auto", None, None, "offline"),
+        ("auto", None, SECRET, "online"),
+        ("auto", "disabled", SECRET, "disabled"),
+        ("offline", "online", SECRET, "offline"),
+    ],
+)
+def test_the_mode_is_the_config_then_the_environment_then_whether_there_is_a_key(
+    monkeypatch: pytest.MonkeyPatch, setting: str, variable: str | None, key: str | None, expected: str
+) -> None:
+    for name, value in (("WANDB_MODE", variable), ("WANDB_API_KEY", key)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert wandb_mode(TinyConfig(recipe="tiny", track={"wandb": setting})) == expected
+
+
+def test_a_host_that_does_not_answer_costs_seconds_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    run = _run(tmp_path)
+    tracker = Tracker(run, TinyConfig(recipe="tiny", track={"wandb": "online"}), 1)
+    tracker.log("train", 1, 16, {"loss": 1.0})
+    tracker.finish({})
+    assert [line["loss"] for line in read_lines(run.metrics)] == [1.0]
+    assert any(line["event"] == "tracking_lost" for line in read_lines(run.events))

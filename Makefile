@@ -22,6 +22,12 @@ endif
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
+# Without a GPU two ranks of one thread each make the most of two cores; with GPUs, every one of them is a rank.
+RANKS ?= $(if $(shell command -v nvidia-smi),,parallel.processes_per_node=2)
+
+demo: $(STAMP)
+	$(BIN)/dist-train run ticket_routing/demo $(RANKS)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
 

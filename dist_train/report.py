@@ -42,7 +42,7 @@ def build_report(run: RunDir, recipe: Recipe, config: RunConfig, say: Callable[[
             if not table["row"].equals(tables["model"]["row"]):
                 raise DataError(f"the {name} predictions of the {split} split are of other rows than the model's.")
         measures[split] = {name: score.measure(table) for name, table in tables.items()}
-        measured[split] = _measure(measures[split], config.eval.bootstrap_samples, score.COMPARED)
+        measured[split] = measure_models(measures[split], config.eval.bootstrap_samples, score.COMPARED)
     lines = _last_attempts(run)
     report = {
         "run": run.name,
@@ -92,7 +92,7 @@ def show_interval(entry: Mapping[str, Any], signed: bool = False) -> str:
     return f"{entry['value']:{sign}.4f} [{entry['low']:{sign}.4f}, {entry['high']:{sign}.4f}]"
 
 
-def _measure(models: Mapping[str, Any], samples: int, compared: tuple[str, ...]) -> dict[str, Any]:
+def measure_models(models: Mapping[str, Any], samples: int, compared: tuple[str, ...]) -> dict[str, Any]:
     """Values with intervals of each model of one split; every model meets the same draws, so differences are paired."""
     points = {name: model.values() for name, model in models.items()}
     drawn: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in points[name]} for name in models}

@@ -9,6 +9,7 @@ import click
 
 from dist_train import __version__
 from dist_train.errors import ToolkitError
+from launcher import complete
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -21,8 +22,8 @@ def cli() -> None:
 
 
 @cli.command(short_help="Train a recipe to its report.")
-@click.argument("recipe")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
 @click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
 @click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
 @click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
@@ -40,8 +41,8 @@ def run(recipe: str, settings: tuple[str, ...], debug: bool, **flags: Any) -> No
 
 
 @cli.command(short_help="Go on with a run that was stopped.")
-@click.argument("run_dir")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("run_dir", shell_complete=complete.runs)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
 @click.option("--accept", multiple=True, type=click.Choice(["code", "data"]), help="Go on although this changed.")
 @click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
 @click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
@@ -58,8 +59,8 @@ def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], deb
 
 
 @cli.command(short_help="Show what a run would do, and start nothing.")
-@click.argument("recipe")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
 @click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
 @click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
 @click.option("--strategy", help="Same as parallel.strategy=NAME.")
@@ -71,7 +72,7 @@ def plan(recipe: str, settings: tuple[str, ...], **flags: Any) -> None:
 
 
 @cli.command("eval", short_help="Evaluate a checkpoint of a run again.")
-@click.argument("run_dir")
+@click.argument("run_dir", shell_complete=complete.runs)
 @click.option("--checkpoint", default="best", show_default=True, help="best, last, or a step.")
 def eval_command(run_dir: str, checkpoint: str) -> None:
     """Evaluate a checkpoint of RUN_DIR on validation and test, and write predictions and report anew."""
@@ -82,7 +83,7 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
 
 
 @cli.command(short_help="Write a run's report again.")
-@click.argument("run_dir")
+@click.argument("run_dir", shell_complete=complete.runs)
 def report(run_dir: str) -> None:
     """Build report.json, report.md and report.html of RUN_DIR from its kept predictions."""
     from launcher.inspect_run import rebuild_report
@@ -93,7 +94,7 @@ def report(run_dir: str) -> None:
 
 @cli.command(short_help="List runs, or compare two.")
 @click.argument("action", type=click.Choice(["list", "diff"]), default="list")
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=complete.runs)
 @click.option("--output-dir", default="runs", show_default=True, help="Folder that holds the runs.")
 def runs(action: str, names: tuple[str, ...], output_dir: str) -> None:
     """`runs list` shows the runs below a folder; `runs diff A B` compares settings and results of two."""
@@ -145,7 +146,7 @@ def _flag_settings(flags: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Run the command line; a failure becomes one clear block and its exit code."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="dist-train", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -14,6 +14,7 @@ from dist_train import config_io
 from dist_train.errors import ToolkitError
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.yaml_data import read_file
+from slurm.allocation import read_allocation
 
 _PACKAGES = ("torch", "accelerate", "transformers", "datasets", "safetensors", "scikit-learn", "wandb")
 _LEAST_SHM_MIB = 256
@@ -115,9 +116,10 @@ def _tracking() -> Iterator[Check]:
 
 
 def _slurm() -> Iterator[Check]:
-    job = os.environ.get("SLURM_JOB_ID")
-    if job:
-        yield "ok", f"inside Slurm job {job}", ""
+    job = read_allocation()
+    if job is not None:
+        found = f"Slurm job {job.job_id}: node {job.node_rank + 1} of {job.nodes} ({job.node_names})"
+        yield "ok", f"{found}, {job.cpus_on_node} CPUs and {job.gpus_on_node or 0} GPUs here", ""
     elif shutil.which("sbatch"):
         yield "ok", "Slurm: sbatch is here", ""
     else:

@@ -1,0 +1,1 @@
+"""Slurm: what a job's environment says. Never imports torch."""

@@ -73,3 +73,9 @@ def test_help_imports_neither_torch_nor_pydantic() -> None:
         "sys.exit(bool({'torch', 'pydantic', 'numpy', 'rich'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_readme_names_every_source_file() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in SOURCES:
+        assert path.name == "__init__.py" or f"  {path.name} " in readme, f"{path} is missing in the README's tree"

@@ -113,6 +113,27 @@ def test_early_stopping_counts_on_over_a_resume(tmp_path: Path) -> None:
     assert curve(parts) == curve(whole)
 
 
+def test_a_world_that_is_not_the_planned_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ConfigError: 1 ranks were started, but the plan has 2"):
+        run_ranks(1, _train, tmp_path, 2, {})
+
+
+def test_sgd_keeps_its_momentum_over_a_resume(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = {"optim": {"name": "sgd", "lr": 0.05}}
+    run_ranks(2, _train, whole, 2, settings)
+    run_ranks(2, _train, parts, 2, {**settings, "train": {"stop_after_steps": 9}})
+    run_ranks(2, _train, parts, 2, settings, 2)
+    assert curve(parts) == curve(whole)
+
+
+def test_bf16_computes_over_fp32_weights_and_learns(alone: Path, tmp_path: Path) -> None:
+    weights = run_ranks(2, _train, tmp_path, 2, {"train": {"precision": "bf16", "steps": 60}})[0]
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
+    np.testing.assert_allclose(curve(tmp_path)[0], curve(alone)[0], rtol=1e-2)
+    assert np.mean(curve(tmp_path)[-10:]) < 0.95 * np.mean(curve(tmp_path)[:10])
+
+
 @pytest.mark.parametrize("rows", [1, 2, 31])
 def test_evaluation_sees_every_row_once_on_any_number_of_ranks(tmp_path: Path, rows: int) -> None:
     expected = run_ranks(1, _evaluate, tmp_path / "1", 1, rows)[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import signal
 import time
+import xml.dom.minidom
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,62 @@ def test_a_run_leaves_everything_and_says_where_it_is(desk: Path) -> None:
     first = lines(run / "metrics.jsonl")[0]
     assert first["step"] == 1
     assert {"step", "samples", "split", "loss", "attempt"} <= set(first)
+
+
+def test_the_report_needs_nothing_from_outside_and_shows_any_label_as_text(desk: Path) -> None:
+    run = desk / "runs" / "whole2"
+    html = (run / "report.html").read_text()
+    assert "<i>access" not in html
+    assert "&lt;i&gt;access&lt;/i&gt;|$x_1" in html
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    for source in sources:
+        xml.dom.minidom.parseString(base64.b64decode(source.partition(",")[2]))
+    assert "<script" not in html
+    assert "| <i>access</i>\\|$x_1 |" in (run / "report.md").read_text()
+
+
+def test_a_report_is_the_same_when_it_is_made_again_and_another_checkpoint_can_be_evaluated(desk: Path) -> None:
+    run = desk / "runs" / "whole2"
+    before = json.loads((run / "report.json").read_text())
+    assert dist_train(["report", "runs/whole2"], desk).returncode == 0
+    again = json.loads((run / "report.json").read_text())
+    assert again == before
+    step = sorted((run / "checkpoints").iterdir())[0].name.removeprefix("step-").lstrip("0")
+    done = dist_train(["eval", "runs/whole2", "--checkpoint", step], desk)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "report.json").read_text())["training"]["best_step"] == int(step)
+    assert dist_train(["eval", "runs/whole2"], desk).returncode == 0
+    assert json.loads((run / "report.json").read_text())["metrics"] == before["metrics"]
+    missing = dist_train(["eval", "runs/whole2", "--checkpoint", "7"], desk)
+    assert missing.returncode == 11
+    assert "Checkpoints that are there" in missing.stderr
+
+
+def test_two_runs_at_once_repeat_a_run_from_its_directory(desk: Path) -> None:
+    both = [start(["run", "runs/whole2/config.yaml", f"name=again{index}"], desk) for index in (1, 2)]
+    outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    for index in (1, 2):
+        _assert_same_result(desk / "runs" / f"again{index}", desk / "runs" / "whole2")
+    listed = dist_train(["runs"], desk).stdout
+    assert re.search(r"again1 .*finished.*60/60.*accuracy", listed)
+    different = dist_train(["runs", "diff", "whole2", "whole4"], desk).stdout
+    assert re.search(r"parallel.processes_per_node\s+│ 2\s+│ 4", different)
+    assert "optim.lr" not in different
+
+
+def test_debug_runs_one_rank_in_the_very_process(desk: Path) -> None:
+    arguments = [*_run("debug", 1), "train.steps=3", "checkpoint.every_steps=3", "--debug"]
+    done = dist_train(arguments, desk)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = lines(desk / "runs" / "debug" / "events.jsonl")
+    assert not [record for record in records if record["event"] == "rank_started"], "a rank of its own was started"
+    assert (desk / "runs" / "debug" / "report.html").is_file()
+    refused = dist_train([*_run("debug2", 2), "--debug"], desk)
+    assert refused.returncode == 2
+    assert "parallel.processes_per_node=1" in refused.stderr
 
 
 @pytest.mark.parametrize("victim", ["rank", "launcher"])

@@ -7,8 +7,6 @@ with `dist-train recipes --schema NAME > schema.json` and a first line `# yaml-l
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -132,17 +130,6 @@ def dump(config: RunConfig, sources: Mapping[str, str], name: str) -> str:
     lines = [f"# name: {name}", f"# repeat: dist-train run {name}/config.yaml"]
     _dump_section(config, sources, "", lines)
     return "\n".join(lines) + "\n"
-
-
-def fingerprint(config: RunConfig) -> str:
-    """A hash of the settings that define the result."""
-    ignored = (*RESUMABLE, "name")
-    kept = {
-        name: value
-        for name, value in flatten(config).items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored)
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def json_schema(recipe: str) -> dict[str, Any]:
@@ -316,10 +303,17 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_node(value: Any) -> Node:
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).removesuffix("...\n")
-    node = parse(text, "config")
+    node = parse(_as_yaml(value), "config")
     assert node is not None
     return node
+
+
+def _as_yaml(value: Any) -> str:
+    """The value on one line."""
+    words = "".join(map(str, value)) if isinstance(value, list) else str(value)
+    # Unicode has line ends of its own, which PyYAML writes as they are and reads as a blank: escape what is not plain.
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=words.isprintable(), width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _dump_section(section: Section, sources: Mapping[str, str], prefix: str, lines: list[str]) -> None:
@@ -330,9 +324,7 @@ def _dump_section(section: Section, sources: Mapping[str, str], prefix: str, lin
             lines.append(f"{'  ' * depth}{name}:")
             _dump_section(value, sources, f"{key}.", lines)
         elif key != "name":
-            plain = str(value) if isinstance(value, Path) else value
-            text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**9)
-            text = text.removesuffix("\n").removesuffix("\n...")
+            text = _as_yaml(str(value) if isinstance(value, Path) else value)
             origin = f"  # {sources[key]}" if key in sources else ""
             lines.append(f"{'  ' * depth}{name}: {text}{origin}")
 

@@ -186,14 +186,13 @@ def _walk(
 
 
 def _unknown(name: str, model: type[RunConfig]) -> str:
-    near = nearest_keys(name, [*keys_of(model), *sections_of(model)]) or _described_as(name, model)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     group = name.rpartition(".")[0]
-    known = [key for key in keys_of(model) if key.rpartition(".")[0] == group]
-    listed = (
-        f" Known in {group or 'the top level'}: {', '.join(key.rpartition('.')[2] for key in known)}." if known else ""
-    )
-    return f"{name} is no known key.{hint}{'' if near else listed}"
+    sections = [section for section in sections_of(model) if section != group]
+    near = nearest_keys(name, [*keys_of(model), *sections]) or _described_as(name, model)
+    if near:
+        return f"{name} is no known key. Did you mean {' or '.join(near)}?"
+    known = ", ".join(key.rpartition(".")[2] for key in keys_of(model) if key.rpartition(".")[0] == group)
+    return f"{name} is no known key." + (f" Known in {group or 'the top level'}: {known}." if known else "")
 
 
 def _described_as(name: str, model: type[RunConfig]) -> list[str]:

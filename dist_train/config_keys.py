@@ -88,9 +88,14 @@ def nearest_keys(given: str, known: Iterable[str]) -> list[str]:
         return difflib.get_close_matches(given, elsewhere, n=3, cutoff=0.0)
     scored = []
     for key in known:
-        whole = difflib.SequenceMatcher(None, given, key).ratio()
-        last = difflib.SequenceMatcher(None, word, key.rpartition(".")[2]).ratio()
-        scored.append((max(whole, last - 0.05), key))
+        group, _, last = key.rpartition(".")
+        likeness = difflib.SequenceMatcher(None, word, last).ratio()
+        if last.replace("_", "").startswith(word.replace("_", "")):
+            likeness = max(likeness, 0.9)
+        if group != given.rpartition(".")[0]:
+            # A group that both share says nothing; one that is misspelt does.
+            likeness = max(likeness - 0.05, difflib.SequenceMatcher(None, given, key).ratio())
+        scored.append((likeness, key))
     score, best = max(scored, default=(0.0, ""))
     return [best] if score >= 0.7 else []
 

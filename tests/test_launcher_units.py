@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -117,18 +116,14 @@ def test_a_number_that_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
     assert list(read_lines(tmp_path / "x.jsonl")) == [expected]
 
 
-def _write_lines(path: Path, writer: int) -> None:
-    for index in range(100):
-        append_line(path, {"writer": writer, "index": index, "text": "x" * 500})
-
-
 def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    writers = [context.Process(target=_write_lines, args=(tmp_path / "x.jsonl", number)) for number in range(3)]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join()
+    code = (
+        "import sys; from pathlib import Path; from dist_train.events import append_line\n"
+        "for i in range(100): append_line(Path(sys.argv[1]), {'writer': int(sys.argv[2]), 'index': i, 't': 'x' * 500})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x.jsonl")]
+    for process in [subprocess.Popen([*command, str(number)]) for number in range(3)]:
+        assert process.wait() == 0
     records = list(read_lines(tmp_path / "x.jsonl"))
     assert len(records) == 300
     for number in range(3):

@@ -105,11 +105,14 @@ def write_manifest(folder: Path, payload: dict[str, Any]) -> None:
 
 def commit(temporary: Path, final: Path) -> None:
     """One rename makes the checkpoint exist; the parent's fsync makes that last."""
+    older = final.with_name(f".trash-{final.name}-{os.getpid()}")
     if final.exists():
-        # The same step saved again after a resume: the older copy steps aside until the new one stands.
-        discard(final)
+        # The same step saved again: the older copy steps aside until the new one stands.
+        os.rename(final, older)
     os.rename(temporary, final)
     fsync_folder(final.parent)
+    if older.exists():
+        shutil.rmtree(older)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -42,8 +42,7 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
             raise Preempted(f"stopped before the report was written; go on with: dist-train report {run.path}")
         report = build_report(run, recipe, config, lambda text: _say(training, text))
         if training.tracker is not None:
-            test = report["metrics"].get("test", {})
-            training.tracker.finish({f"test/{name}": entry["value"] for name, entry in test.items()})
+            training.tracker.finish(report)
 
 
 def _load_checkpoint(training: Training, which: str) -> int:

@@ -21,6 +21,7 @@ class Tracker:
     def __init__(self, run: RunDir, config: RunConfig, attempt: int) -> None:
         self.run = run
         self.attempt = attempt
+        self._upload = config.track.upload
         self._wandb = _start_wandb(run, config)
 
     def log(self, split: str, step: int, samples: int, values: Mapping[str, float | None]) -> None:
@@ -31,9 +32,28 @@ class Tracker:
             named = {f"{split}/{name}": value for name, value in values.items()}
             self._guard(lambda: self._wandb.log({**named, "samples": samples}, step=step))
 
-    def finish(self, summary: Mapping[str, float]) -> None:
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Send the test metrics, and of the report what `track.upload` allows; then close."""
         if self._wandb is not None:
-            self._guard(lambda: (self._wandb.summary.update(dict(summary)), self._wandb.finish()))
+            self._guard(lambda: self._send(report))
+
+    def _send(self, report: Mapping[str, Any]) -> None:
+        import wandb
+
+        metrics = report.get("metrics", {}).get("test", {})
+        self._wandb.summary.update({f"test/{name}": entry["value"] for name, entry in metrics.items()})
+        if self._upload in ("tables", "all"):
+            names = ["precision", "recall", "f1"]
+            rows = [
+                [label, entry["support"], *(entry[name]["value"] for name in names)]
+                for label, entry in report.get("classes", {}).get("test", {}).items()
+            ]
+            self._wandb.log({"test/classes": wandb.Table(columns=["class", "rows", *names], data=rows)})
+        if self._upload == "all":
+            artifact = wandb.Artifact(f"report-{self._wandb.id}", type="report")
+            artifact.add_file(str(self.run.report_html))
+            self._wandb.log_artifact(artifact)
+        self._wandb.finish()
 
     def _guard(self, action: Any) -> None:
         try:

@@ -56,6 +56,7 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
 def resume(path: str, overrides: list[str], accept: list[str], debug: bool = False) -> RunDir:
     """Go on from the newest checkpoint that verifies, with the same result as if nothing had happened."""
     directory = RunDir.existing(path)
+    print(f"resume         these may change: {', '.join(config_io.RESUMABLE)}")
     with directory.locked():
         before = config_io.load_run_config(directory)
         config = config_io.resume_overrides(before, overrides)

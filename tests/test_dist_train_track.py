@@ -38,7 +38,7 @@ def test_two_attempts_are_one_offline_wandb_run_and_hold_no_secret(
     for attempt, step in ((1, 1), (2, 2)):
         tracker = Tracker(run, config, attempt)
         tracker.log("train", step, 16 * step, {"loss": 1.0 / step})
-        tracker.finish({"test/accuracy": 0.5})
+        tracker.finish({"metrics": {"test": {"accuracy": {"value": 0.5}}}})
     lines = list(read_lines(run.metrics))
     assert [(line["step"], line["attempt"], line["loss"]) for line in lines] == [(1, 1, 1.0), (2, 2, 0.5)]
     run_id = run.wandb_id.read_text().strip()
@@ -49,6 +49,23 @@ def test_two_attempts_are_one_offline_wandb_run_and_hold_no_secret(
         assert word in content
     for path in run.path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(("upload", "tables", "reports"), [("metrics", 0, 0), ("tables", 1, 0), ("all", 1, 1)])
+def test_nothing_but_metrics_leaves_unless_it_is_asked_for(
+    tmp_path: Path, upload: str, tables: int, reports: int
+) -> None:
+    run = _run(tmp_path)
+    run.report_html.write_text("a report of this run")
+    tracker = Tracker(run, TinyConfig(recipe="tiny", track={"wandb": "offline", "upload": upload}), 1)
+    entry = {"value": 0.5, "low": 0.4, "high": 0.6}
+    classes = {"a class": {"support": 3, "precision": entry, "recall": entry, "f1": entry}}
+    tracker.finish({"metrics": {"test": {"accuracy": entry}}, "classes": {"test": classes}})
+    files = [path for path in (run.path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
+    content = b"".join(path.read_bytes() for path in files)
+    assert b"test/accuracy" in content
+    assert (b"a class" in content) == bool(tables)
+    assert (b"report.html" in content) == bool(reports)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,13 @@ def _dataset_source(name: str, dataset: Any, data: DataConfig) -> Source:
         if name not in split.WORDS:
             raise DataError(f"{where}: the split {name!r} is not known; allowed are train, validation and test.")
         own = split.NAMES[split.WORDS[name]]
-    described = {"dataset": str(dataset._fingerprint), "rows": len(dataset), "split": name}
+    described = {
+        "dataset": str(data.path),
+        "revision": read.resolved_revision(dataset),
+        "fingerprint": str(dataset._fingerprint),
+        "rows": len(dataset),
+        "split": name,
+    }
     return Source(own, where, lambda columns: read.read_dataset(dataset, where, columns), described)
 
 

@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -232,6 +233,15 @@ def _open_hub(name: str, revision: str | None) -> dict[str, Any]:
             "and set data.path=FOLDER."
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+
+
+def resolved_revision(dataset: Any) -> str | None:
+    """The commit that a hub data set was downloaded from; None for a folder."""
+    for address in dataset.info.download_checksums or {}:
+        found = re.search(r"@([0-9a-f]{40})/", address)
+        if found:
+            return found[1]
+    return None
 
 
 def read_dataset(dataset: Any, where: str, columns: dict[str, str]) -> Iterator[Batch]:

@@ -111,6 +111,8 @@ class TicketTask:
         shutil.copytree(self.prepared / "tokenizer", folder, dirs_exist_ok=True)
         if isinstance(model.encoder, PretrainedEncoder):
             model.encoder.model.save_pretrained(folder)  # type: ignore[operator]
+            source = {"pretrained": self.config.model.pretrained, "revision": model.encoder.revision}
+            (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
             return
         described = {
             "model_type": MODEL_TYPE,

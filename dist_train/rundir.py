@@ -60,14 +60,10 @@ class RunDir:
             self.logs.mkdir()
         except FileExistsError as error:
             if not self.path.parent.is_dir():
-                raise _cannot_write(self.path, error) from error
-            raise BusyError(
-                f"the run {self.path} exists already; nothing in it was touched.\n"
-                f"To go on with it:   dist-train resume {self.path}\n"
-                f"To start another:   choose a different name=..."
-            ) from error
+                raise unwritable(self.path, error) from error
+            raise name_taken(self.path) from error
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise unwritable(self.path, error) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -78,7 +74,7 @@ class RunDir:
         try:
             descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise unwritable(self.path, error) from error
         try:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,10 +116,21 @@ class RunDir:
         return run
 
 
-def _cannot_write(path: Path, error: OSError) -> StorageError:
+def name_taken(path: Path) -> BusyError:
+    return BusyError(
+        f"the run {path} exists already; nothing in it was touched.\n"
+        f"To go on with it:   dist-train resume {path}\n"
+        "To start another:   give it another name=..."
+    )
+
+
+def unwritable(path: Path, error: OSError) -> StorageError:
+    """The StorageError for an output folder that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return storage_error(path, error)
     return StorageError(
-        f"the run directory {path} cannot be written: {error.strerror or error}.\n"
-        "Choose a writable folder with output_dir=... (a site file can set it once for all runs)."
+        f"{path} cannot be written: {error.strerror or error}.\n"
+        "Choose a writable folder with output_dir=... (the site file can set it once for all runs)."
     )
 
 

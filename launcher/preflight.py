@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 from dist_train.config import RunConfig
-from dist_train.errors import BusyError, ConfigError, StorageError
+from dist_train.errors import ConfigError, StorageError
 from dist_train.hardware import Hardware, find_gpu
 from dist_train.plan import LaunchPlan
 from dist_train.recipe import Recipe
-from dist_train.rundir import RunDir, storage_error
+from dist_train.rundir import RunDir, name_taken, unwritable
 
 # Below this a run would hardly write its logs; the checkpoints' need is known once the model is.
 _LEAST_FREE_MIB = 64
@@ -36,11 +36,7 @@ def check_metric(config: RunConfig, recipe: Recipe) -> None:
 def check_output(run: RunDir) -> None:
     """The run's name is free and its folder can be written, tried by writing. BusyError, StorageError."""
     if run.path.exists() or run.path.is_symlink():
-        raise BusyError(
-            f"the run {run.path} exists already; nothing in it was touched.\n"
-            f"To go on with it:   dist-train resume {run.path}\n"
-            "To start another:   give it another name=..."
-        )
+        raise name_taken(run.path)
     folder = _existing_parent(run.path.parent)
     probe = folder / f".dist-train-probe-{os.getpid()}"
     try:
@@ -48,7 +44,7 @@ def check_output(run: RunDir) -> None:
         probe.write_bytes(b"\0" * 4096)
         free_mib = shutil.disk_usage(folder).free / 2**20
     except OSError as error:
-        raise _unwritable(run.path.parent, error) from error
+        raise unwritable(run.path.parent, error) from error
     finally:
         # Where the write has failed this fails with the same cause, which is being reported.
         with contextlib.suppress(OSError):
@@ -64,15 +60,6 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
-
-
-def _unwritable(folder: Path, error: OSError) -> StorageError:
-    if error.errno in (28, 122):
-        return storage_error(folder, error)
-    return StorageError(
-        f"the output folder {folder} cannot be written: {error.strerror or error}.\n"
-        "Choose a writable one with output_dir=... (the site file can set it once for all runs)."
-    )
 
 
 def check_gpus(plan: LaunchPlan, hardware: Hardware) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_train import config_io
@@ -164,6 +164,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1
 
 
 @settings(max_examples=30, deadline=None)
+@example(changes={"track": {"tags": ["\x85", "\u2028", "on", "1e3", ""]}})
 @given(
     changes=st.fixed_dictionaries(
         {},

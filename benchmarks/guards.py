@@ -115,11 +115,11 @@ GUARDS = (
           'autoescape=name.endswith(".html.j2")', "autoescape=False", f"{DOOR} any_label"),
     Guard("differences are paired", "dist_train/report.py",
           "for metric, value in model.values(weights).items():",
-          "for metric, value in model.values(np.roll(weights, len(name))).items():",
+          "for metric, value in model.values(np.roll(weights, name != 'model')).items():",
           "tests/test_dist_train_report.py equal_predictions"),
     Guard("W&B's failure ends nothing", "dist_train/track.py",
-          "        except Exception as error:  # whatever W&B meets, the training goes on\n",
-          "        except ZeroDivisionError as error:\n", "tests/test_dist_train_track.py host"),
+          "except Exception as error:  # no key, no host", "except ZeroDivisionError as error:  # no key, no host",
+          "tests/test_dist_train_track.py host"),
 )  # fmt: skip
 
 

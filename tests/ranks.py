@@ -14,7 +14,9 @@ from typing import Any
 
 # Ranks fork from a server that has imported the heavy packages once.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "accelerate", "dist_train.resume", "tests.fakes"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.tensor", "torch._dynamo", "accelerate", "dist_train.resume", "tests.fakes"]
+)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:

@@ -22,7 +22,7 @@ def print_summary(run: RunDir) -> None:
     report = json.loads(run.report_json.read_text())
     header, *rows = summary_table(report)
     title = f"{run.name}: test split with 95 % intervals; differences are paired"
-    table = Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(*(name.replace("_", " ") for name in header), title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -48,6 +48,8 @@ def _next_commands(run: RunDir, report: dict[str, Any]) -> list[str]:
         f"dist-train run {shown}/config.yaml  # the same again, under a new name",
         f"dist-train runs diff {shown} OTHER  # what differs from another run",
     ]
+    if list(run.path.glob("wandb/offline-run-*")):
+        commands.append(f"wandb sync {shown}/wandb/offline-run-*  # send the curves to W&B")
     if report["training"]["last_step"] < report["plan"]["steps"]:
         commands.insert(0, f"dist-train resume {shown} train.stop_after_steps=null  # train the rest of the schedule")
     return commands

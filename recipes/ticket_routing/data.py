@@ -22,7 +22,7 @@ from dist_train.rundir import fsync_folder, storage_error, write_json
 from recipes.ticket_routing import read, split, synthetic
 from recipes.ticket_routing.config import Config, DataConfig
 from recipes.ticket_routing.duplicates import group_near_duplicates, normalise
-from recipes.ticket_routing.tokens import make_tokenizer
+from recipes.ticket_routing.tokens import describe_ready, make_tokenizer
 
 # Changes whenever the same source would be prepared differently.
 VERSION = 1
@@ -100,13 +100,17 @@ def _sources(data: DataConfig) -> list[Source]:
             "  data.path=tickets.csv data.text_columns=[subject,body] data.label_column=queue\n"
             "To try the toolkit on generated tickets: dist-train run ticket_routing/demo"
         )
-    if data.path == "synthetic":
-        described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
-        return [Source(None, "synthetic", lambda columns: _generated(data), described)]
-    if isinstance(data.path, str):
-        splits = read.open_dataset(data.path, data.revision)
-        if splits is not None:
-            return [_dataset_source(name, dataset, data) for name, dataset in splits.items()]
+    if data.label_column in data.text_columns:
+        raise ConfigError(
+            f"data.label_column is {data.label_column!r}, which is one of data.text_columns too: "
+            "the model would read the answer. Leave it out of data.text_columns."
+        )
+    whole = _whole_sources(data)
+    if whole is not None:
+        for key in ("validation_path", "test_path"):
+            if getattr(data, key) is not None:
+                raise ConfigError(f"data.{key} goes with files only, but data.path is {data.path}: set it to null.")
+        return whole
     sources = [_file_source(data.path, "data.path", None if data.test_path is None else "train")]
     for paths, key, name in (
         (data.validation_path, "data.validation_path", "validation"),
@@ -117,7 +121,20 @@ def _sources(data: DataConfig) -> list[Source]:
     return sources
 
 
-def _generated(data: DataConfig) -> Iterator[read.Batch]:
+def _whole_sources(data: DataConfig) -> list[Source] | None:
+    """The source of generated tickets, or those of a `datasets` folder or hub data set; None for files."""
+    if data.path == "synthetic":
+        described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
+        return [Source(None, "synthetic", lambda columns: _generated(data, columns), described)]
+    splits = read.open_dataset(data.path, data.revision) if isinstance(data.path, str) else None
+    if splits is None:
+        return None
+    # A lone split, most often "train", is no split: the toolkit makes one.
+    return [_dataset_source(name if len(splits) > 1 else "", part, data) for name, part in splits.items()]
+
+
+def _generated(data: DataConfig, columns: dict[str, str]) -> Iterator[read.Batch]:
+    read.check_columns("synthetic", [data.text_columns[0], data.label_column], columns)
     for batch in synthetic.generate(data.synthetic, data.rows):
         yield [{data.text_columns[0]: row["text"], data.label_column: row["label"]} for row in batch]
 
@@ -153,13 +170,17 @@ def _file_source(paths: str | list[str], key: str, name: str | None) -> Source:
 def _fingerprint(config: Config, sources: list[Source]) -> str:
     """Of all that the prepared folder depends on: contents, not paths."""
     content = [
-        {**source.fingerprint, "files": [file["sha256"] for file in source.fingerprint.get("files", [])]}
+        {name: value for name, value in source.fingerprint.items() if name != "dataset"}  # where a data set lies
+        | {"files": [file["sha256"] for file in source.fingerprint.get("files", [])]}
         for source in sources
     ]
     keys = config.data.model_dump(
         mode="json", exclude={"path", "validation_path", "test_path", "cache_dir", "rows", "synthetic"}
     )
     described = {"version": VERSION, "content": content, "keys": keys, "pretrained": config.model.pretrained}
+    tokenizer = describe_ready(config)
+    if tokenizer is not None:
+        described["tokenizer"] = tokenizer
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
@@ -174,7 +195,8 @@ def _build(config: Config, sources: list[Source], key: str, folder: Path, report
     groups = group_near_duplicates(tickets.texts)
     split_of, method = _split(tickets, labels, groups, config.data)
     _check_split(split_of, labels, names, method)
-    exact = np.unique([normalise(text) for text in tickets.texts], return_inverse=True)[1]
+    # Texts without words are told apart by their signs.
+    exact = np.unique([normalise(text) or text for text in tickets.texts], return_inverse=True)[1]
     leaks = split.leak_report(split_of, labels, groups, exact)
     crossing = sum(leaks["groups_crossing"].values())
     if crossing:
@@ -271,15 +293,16 @@ def _split(tickets: Tickets, labels: np.ndarray, groups: np.ndarray, data: DataC
     apart = groups if data.near_duplicates == "group" else np.arange(len(labels))
     where = "the data"
     if data.split_column is not None or any(name is not None for name in tickets.own_split):
-        # Rows whose source names no split train, as with a validation file beside one that is split here.
-        result = split.by_column([name or "train" for name in tickets.own_split], where)
+        # Rows whose source names no split train, as with a validation file; an empty cell of split_column is an error.
+        unnamed = "" if data.split_column is not None else "train"
+        result = split.by_column([name or unnamed for name in tickets.own_split], tickets.rows, where)
         if not (result == split.TEST).any():
             raise DataError("the given split has no test rows: give some, or let the toolkit split all of it.")
         if not (result == split.VALIDATION).any():
             result = split.carve_validation(result, labels, apart, data)
         return result, "column" if data.split_column else "files"
     if data.time_column is not None:
-        result = split.by_time(split.parse_times(tickets.times, where), data)
+        result = split.by_time(split.parse_times(tickets.times, tickets.rows, where), data)
         return (split.drop_later_copies(result, groups) if data.near_duplicates == "group" else result), "time"
     return split.stratified(labels, apart, data), "stratified"
 

@@ -106,9 +106,11 @@ def _read_csv(file: Path, stream: IO[str], delimiter: str, columns: dict[str, st
     csv.field_size_limit(_MOST_CHARACTERS)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
-        header = next(reader)
+        header = next(record for record in reader if record)
     except StopIteration:
         raise DataError(f"{file} is empty: it needs a header line.") from None
+    except csv.Error as error:
+        raise DataError(f"{file}: the header: {error}. Look for a quote that is not closed.") from error
     places = {name: index for index, name in enumerate(header)}
     check_columns(file, header, columns)
     wanted = [(name, places[name]) for name in columns]
@@ -139,14 +141,19 @@ def _read_jsonl(file: Path, stream: IO[str], columns: dict[str, str]) -> Iterato
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
             raise DataError(f"{file}:{number}: this line is no JSON: {error}.") from error
         if not isinstance(record, dict):
             raise DataError(f"{file}:{number}: a line must be a JSON object, but this is {type(record).__name__}.")
         if not columns.keys() <= record.keys():
             check_columns(Path(f"{file}:{number}"), list(record), columns)
         count += 1
-        yield {name: _as_text(record[name]) for name in columns}
+        row = {name: _as_text(record[name]) for name in columns}
+        try:
+            "".join(value or "" for value in row.values()).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{file}:{number}: an escape in this line is half a character: {error}.") from error
+        yield row
     if count == 0:
         raise DataError(f"{file} has no tickets in it.")
 
@@ -157,18 +164,23 @@ def _read_parquet(file: Path, columns: dict[str, str]) -> Iterator[Batch]:
 
     try:
         parquet = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is no Parquet file: {error}") from error
     check_columns(file, parquet.schema_arrow.names, columns)
     if parquet.metadata.num_rows == 0:
         raise DataError(f"{file} has no tickets in it.")
-    for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
-        yield [{name: _as_text(row[name]) for name in columns} for row in batch.to_pylist()]
+    try:
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
+            yield [{name: _as_text(row[name]) for name in columns} for row in batch.to_pylist()]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged: {error}. Copy or write it again.") from error
 
 
 def check_columns(where: Path | str, existing: Sequence[str], columns: dict[str, str]) -> None:
-    """DataError for the first column that is not there, with those that are."""
+    """DataError for the first column that is not there, with those that are, or that is there twice."""
     for name, key in columns.items():
+        if list(existing).count(name) > 1:
+            raise DataError(f"{where} has several columns {name!r} ({key}): give each its own name.")
         if name not in existing:
             near = difflib.get_close_matches(name, list(existing), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -192,7 +204,8 @@ def _bad_utf8(file: Path, kind: str) -> DataError:
         line = data.count(b"\n", 0, error.start) + 1
         record = line - 1
         if kind in ("csv", "tsv"):
-            before = io.StringIO(data[: error.start].decode("utf-8"), newline="")
+            # The sign stands for the bad byte, which may be the first of its record.
+            before = io.StringIO(data[: error.start].decode("utf-8") + "?", newline="")
             record = max(0, sum(1 for row in csv.reader(before, delimiter="\t" if kind == "tsv" else ",") if row) - 1)
         where = f"record {record}" if kind != "jsonl" else f"record {line}"
         return DataError(
@@ -256,5 +269,7 @@ def read_dataset(dataset: Any, where: str, columns: dict[str, str]) -> Iterator[
 
 
 def _class_name(value: Any, names: list[str] | None) -> str | None:
-    """A ClassLabel column holds indices; its names are what people call the classes."""
-    return names[value] if names and value is not None else _as_text(value)
+    """A ClassLabel column holds indices; its names are what people call the classes. -1 stands for no label there."""
+    if names and value is not None:
+        return names[value] if value >= 0 else None
+    return _as_text(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,34 +77,44 @@ def by_time(times: np.ndarray, config: DataConfig) -> np.ndarray:
     return result
 
 
-def parse_times(values: Sequence[str | None], where: str) -> np.ndarray:
-    """Numbers or ISO 8601 times to seconds [n] float64. DataError names the first row that is neither."""
-    from datetime import UTC, datetime
+def parse_times(values: Sequence[str | None], rows: Sequence[int], where: str) -> np.ndarray:
+    """Numbers or ISO 8601 times to seconds [n] float64. DataError names the first row that is neither.
 
+    rows: the number of each row in the source, for the message.
+    """
     result = np.empty(len(values))
     for index, value in enumerate(values):
         try:
-            result[index] = float(value or "")
+            result[index] = _seconds(value or "")
         except ValueError:
-            try:
-                parsed = datetime.fromisoformat(value or "")
-            except ValueError:
-                raise DataError(
-                    f"{where}: row {index} has the time {value!r}, which is neither a number nor like "
-                    "2026-01-31T17:45:00. Mend it or set data.time_column to null."
-                ) from None
-            result[index] = (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+            raise DataError(
+                f"{where}: row {rows[index]} has the time {value!r}, which is neither a number nor like "
+                "2026-01-31T17:45:00. Mend it or set data.time_column to null."
+            ) from None
     return result
 
 
-def by_column(values: Sequence[str | None], where: str) -> np.ndarray:
-    """The split that each row names itself."""
+def _seconds(value: str) -> float:
+    from datetime import UTC, datetime
+
+    try:
+        seconds = float(value)
+    except ValueError:
+        parsed = datetime.fromisoformat(value)
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    if not math.isfinite(seconds):
+        raise ValueError  # nan, as a missing time is often written, has no place in an order
+    return seconds
+
+
+def by_column(values: Sequence[str | None], rows: Sequence[int], where: str) -> np.ndarray:
+    """The split that each row names itself. rows: the number of each row in the source, for the message."""
     result = np.empty(len(values), dtype=np.int8)
     for index, value in enumerate(values):
         split = WORDS.get((value or "").strip().lower())
         if split is None:
             raise DataError(
-                f"{where}: row {index} has the split {value!r}; allowed are train, validation and test. "
+                f"{where}: row {rows[index]} has the split {value!r}; allowed are train, validation and test. "
                 "Change the file or data.split_column."
             )
         result[index] = split

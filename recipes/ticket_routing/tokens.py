@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from dist_train.errors import DataError
 from recipes.ticket_routing.config import Config
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -34,6 +36,17 @@ def make_tokenizer(config: Config, train_texts: Iterable[str], folder: Path) -> 
     return tokenizer
 
 
+def describe_ready(config: Config) -> list[str | None] | None:
+    """What tells one ready tokenizer from another: its files, or its hub name and revision; None to train one."""
+    ready = config.data.tokenizer or config.model.pretrained
+    if ready is None:
+        return None
+    files = [Path(ready) / name for name in _FILES]
+    if not files[0].is_file():
+        return [ready, config.model.revision]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]
+
+
 def _train(texts: Iterable[str], vocab_size: int) -> Any:
     """Byte-pair encoding (Sennrich et al. 2016) over lower-cased words; a ticket starts with [CLS]."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -52,13 +65,13 @@ def _train(texts: Iterable[str], vocab_size: int) -> Any:
 def _load(source: str, revision: str | None, max_tokens: int, folder: Path) -> Any:
     from tokenizers import Tokenizer
 
-    file = Path(source) / "tokenizer.json"
+    file = Path(source) / _FILES[0]
     if file.is_file():
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise DataError(f"{file} is no tokenizer: {error}") from error
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for name in _FILES[1:]:
             if (file.parent / name).is_file():
                 (folder / name).write_bytes((file.parent / name).read_bytes())
     else:

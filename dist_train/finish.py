@@ -35,8 +35,7 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
             write_table(run.prediction_file(split), task.predictions(split, outputs))
     if engine.rank == 0:
         _export(training, step)
-    # The other ranks are done; what follows needs no collective, and may take longer than one may wait for.
-    engine.close()
+    # The other ranks are done: what follows needs no collective, and may take longer than one may wait for.
     if engine.rank == 0:
         if training.stop:
             raise Preempted(f"stopped before the report was written; go on with: dist-train report {run.path}")

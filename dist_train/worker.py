@@ -61,13 +61,10 @@ def run_rank(run: RunDir, attempt: int, arguments: tuple[str, ...] = ()) -> None
     fingerprints = {"code": code_fingerprint(recipe.config), "data": facts["fingerprint"]}
     task = recipe.task.make_task(config, Path(facts["folder"]))
     training = build_training(run, config, plan, task, attempt, fingerprints)
-    try:
-        restore(training, accepted)
-        if evaluate is None:
-            train(training)
-        finish(training, recipe, evaluate or "best")
-    finally:
-        training.engine.close()
+    restore(training, accepted)
+    if evaluate is None:
+        train(training)
+    finish(training, recipe, evaluate or "best")
 
 
 def _report(run: RunDir, attempt: int, rank: int, error: ToolkitError) -> int:

@@ -135,11 +135,8 @@ def make_training(path: Path, world_size: int, task: TinyTask, attempt: int = 1,
 def train_tiny(path: Path, world_size: int, task: TinyTask, attempt: int = 1, **sections: Any) -> dict[str, Tensor]:
     """Train and return the final weights."""
     training = make_training(path, world_size, task, attempt, **sections)
-    try:
-        train(training)
-        return {name: tensor.clone() for name, tensor in training.engine.module.state_dict().items()}
-    finally:
-        training.engine.close()
+    train(training)
+    return {name: tensor.clone() for name, tensor in training.engine.module.state_dict().items()}
 
 
 def curve(path: Path, key: str = "loss") -> list[float]:

@@ -78,3 +78,5 @@ def _rank(
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
     sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as the worker ends, see Engine

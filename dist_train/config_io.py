@@ -7,6 +7,8 @@ with `dist-train recipes --schema NAME > schema.json` and a first line `# yaml-l
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -89,6 +91,13 @@ def site_file() -> Path:
     return Path(root).expanduser() / "dist-train" / "site.yaml"
 
 
+def site_output_dir() -> str | None:
+    """output_dir of the site file; None when that sets none."""
+    path = site_file()
+    text = _text_of(read_file(path, str(path)), "output_dir") if path.is_file() else None
+    return None if text is None else str(_resolve(text, path.absolute().parent, keys_of(RunConfig)["output_dir"]))
+
+
 def load_run_config(run: RunDir) -> RunConfig:
     """The resolved config of a run directory: its file alone, no site file."""
     return load(str(run.config), site=False).config
@@ -102,7 +111,7 @@ def resume_overrides(config: RunConfig, overrides: Many[str]) -> RunConfig:
     for text in overrides:
         _take_override(text, model, given, 0, problems)
     for name in given:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE):
+        if not _is_resumable(name):
             problems.append(
                 f"{name} cannot change on resume: it defines the result. These can: {', '.join(RESUMABLE)}.\n"
                 "  To train with another value start a new run."
@@ -111,6 +120,21 @@ def resume_overrides(config: RunConfig, overrides: Many[str]) -> RunConfig:
         if name not in given and value is not None:
             given[name] = Given(_as_node(value), "config.yaml", 0, Path("/"))
     return _build(model, given, problems)
+
+
+def result_fingerprint(config: RunConfig) -> str:
+    """A hash of every setting that defines the result. It notices a config.yaml that was edited between attempts."""
+    settings = {
+        name: value
+        for name, value in flatten(config).items()
+        # A key that a later version adds, off by default, changes nothing.
+        if value is not None and name != "name" and not _is_resumable(name)
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _is_resumable(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in RESUMABLE)
 
 
 def flatten(config: Section, prefix: str = "") -> dict[str, Any]:

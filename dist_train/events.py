@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,22 +11,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_train.rundir import storage_error
+
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append `record` as one line in a single write, so that lines of several processes never mix.
 
-    JSON has no NaN: a non-finite number becomes null, and `nonfinite` names the keys.
+    JSON has no NaN: a non-finite number becomes null, and `nonfinite` names the keys. StorageError when
+    the line cannot be written.
     """
     clean = {key: _finite(value) for key, value in record.items()}
     broken = [key for key, value in record.items() if clean[key] is None and value is not None]
     if broken:
         clean["nonfinite"] = broken
     line = (json.dumps(clean, allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                # The disk is full. Half a line would spoil the next one.
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def log_event(path: Path, event: str, **fields: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import psutil
 import torch
 
 
@@ -12,7 +11,6 @@ class Meter:
     """Counts between two log lines."""
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
         self._reset()
 
     def _reset(self) -> None:
@@ -48,4 +46,7 @@ class Meter:
     def _memory_bytes(self) -> int:
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
-        return self._process.memory_info().rss
+        # Not RSS: pages of the memory-mapped data count there, and they are the page cache's.
+        with open("/proc/self/status", encoding="ascii") as status:
+            anonymous = next(line for line in status if line.startswith("RssAnon:"))
+        return 1024 * int(anonymous.split()[1])

@@ -153,7 +153,7 @@ def _last_attempts(run: RunDir) -> list[dict[str, Any]]:
 def _training(run: RunDir, lines: list[dict[str, Any]]) -> dict[str, Any]:
     events = list(read_lines(run.events))
     training = [line for line in lines if line["split"] == "train"]
-    kept = [event["step"] for event in events if event["event"] == "exported"]
+    exports = [event for event in events if event["event"] == "exported"]
     starts = [event["time"] for event in events if event["event"] == "run_started"]
 
     def mean(key: str) -> float | None:
@@ -161,7 +161,7 @@ def _training(run: RunDir, lines: list[dict[str, Any]]) -> dict[str, Any]:
         return round(float(np.mean(values)), 4) if values else None
 
     return {
-        "best_step": kept[-1] if kept else None,
+        "best_step": exports[-1]["step"] if exports else None,
         "last_step": training[-1]["step"] if training else 0,
         "samples": training[-1]["samples"] if training else 0,
         "samples_per_s": mean("samples_per_s"),
@@ -169,7 +169,8 @@ def _training(run: RunDir, lines: list[dict[str, Any]]) -> dict[str, Any]:
         "padding_share": mean("padding_share"),
         "memory_gib": max((line["memory_gib"] for line in training if line.get("memory_gib")), default=None),
         "attempts": len(starts),
-        "seconds_since_start": round(events[-1]["time"] - starts[0], 1) if starts else None,
+        # Up to the first model folder: a report that is made again later says the same.
+        "seconds_to_model": round(exports[0]["time"] - starts[0], 1) if starts and exports else None,
         "skipped_steps": [event["step"] for event in events if event["event"] == "nonfinite_step"],
     }
 

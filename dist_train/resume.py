@@ -27,14 +27,18 @@ from dist_train.track import Tracker
 
 
 def build_training(
-    run: RunDir, config: RunConfig, plan: LaunchPlan, task: Task, attempt: int, fingerprints: dict[str, str]
+    run: RunDir,
+    config: RunConfig,
+    plan: LaunchPlan,
+    task: Task,
+    attempt: int,
+    fingerprints: dict[str, str],
+    stop: StopFlag,
 ) -> Training:
     """Engine, model, optimizer and tracker of this rank, at step 0. ConfigError when the world is not the planned one.
 
     fingerprints: what the result depends on beside the config, by name; a resume compares them.
     """
-    stop = StopFlag()
-    stop.install()
     engine = Engine(plan.device, plan.precision, config.parallel.timeout_s)
     if engine.world_size != plan.world_size:
         raise ConfigError(

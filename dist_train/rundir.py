@@ -17,6 +17,9 @@ from typing import Any
 
 from dist_train.errors import BusyError, ConfigError, StorageError
 
+# Names the launcher's process to its ranks, which do not outlive it.
+LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
+
 
 class RunDir:
     """The paths of one run below `<output_dir>/<name>/`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_train.hardware import Hardware, find_gpu
 from dist_train.plan import LaunchPlan
-from dist_train.rundir import RunDir
+from dist_train.rundir import LAUNCHER_PID, RunDir
 
 WORKER = "dist_train.worker"
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -62,6 +62,7 @@ def worker_environment(plan: LaunchPlan, hardware: Hardware) -> dict[str, str]:
     }
     # The working directory may hold packages named like ours (slurm/, recipes/).
     environment["PYTHONSAFEPATH"] = "1"
+    environment[LAUNCHER_PID] = str(os.getpid())
     environment.setdefault("OMP_NUM_THREADS", str(plan.threads_per_process))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if plan.device == "cpu":

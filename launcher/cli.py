@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -37,13 +38,15 @@ def run(recipe: str, settings: tuple[str, ...], debug: bool, **flags: Any) -> No
     from launcher import start
     from launcher.summary import print_summary
 
-    print_summary(start.run(recipe, [*settings, *_flag_settings(flags)], debug))
+    print_summary(start.run(recipe, _all_settings(settings, flags, debug), debug))
 
 
 @cli.command(short_help="Go on with a run that was stopped.")
 @click.argument("run_dir", shell_complete=complete.runs)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
-@click.option("--accept", multiple=True, type=click.Choice(["code", "data"]), help="Go on although this changed.")
+@click.option(
+    "--accept", multiple=True, type=click.Choice(["code", "data", "config"]), help="Go on although this changed."
+)
 @click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
 @click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
 def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], debug: bool, **flags: Any) -> None:
@@ -55,7 +58,7 @@ def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], deb
     from launcher import start
     from launcher.summary import print_summary
 
-    print_summary(start.resume(run_dir, [*settings, *_flag_settings(flags)], list(accept), debug))
+    print_summary(start.resume(run_dir, _all_settings(settings, flags, debug), list(accept), debug))
 
 
 @cli.command(short_help="Show what a run would do, and start nothing.")
@@ -68,7 +71,7 @@ def plan(recipe: str, settings: tuple[str, ...], **flags: Any) -> None:
     """Read RECIPE and its data, and print the resolved settings with their origin and the launch plan."""
     from launcher.inspect_run import show_plan
 
-    show_plan(recipe, [*settings, *_flag_settings(flags)])
+    show_plan(recipe, _all_settings(settings, flags))
 
 
 @cli.command("eval", short_help="Evaluate a checkpoint of a run again.")
@@ -95,17 +98,18 @@ def report(run_dir: str) -> None:
 @cli.command(short_help="List runs, or compare two.")
 @click.argument("action", type=click.Choice(["list", "diff"]), default="list")
 @click.argument("names", nargs=-1, shell_complete=complete.runs)
-@click.option("--output-dir", default="runs", show_default=True, help="Folder that holds the runs.")
-def runs(action: str, names: tuple[str, ...], output_dir: str) -> None:
+@click.option("--output-dir", help="Folder that holds the runs; else that of the site file, else runs.")
+def runs(action: str, names: tuple[str, ...], output_dir: str | None) -> None:
     """`runs list` shows the runs below a folder; `runs diff A B` compares settings and results of two."""
-    from launcher.runs import print_diff, print_list
+    from launcher.runs import output_folder, print_diff, print_list
 
+    folder = output_folder(output_dir)
     if action == "diff":
         if len(names) != 2:
             raise click.UsageError("runs diff takes two runs: dist-train runs diff A B")
-        print_diff(*names, output_dir=output_dir)
+        print_diff(*names, output_dir=folder)
     else:
-        print_list(output_dir)
+        print_list(folder)
 
 
 @cli.command(short_help="Check this machine.")
@@ -131,8 +135,8 @@ def recipes(keys_of: str | None, schema_of: str | None) -> None:
         print_recipes()
 
 
-def _flag_settings(flags: dict[str, Any]) -> list[str]:
-    """The flags that are short for a setting, as that setting."""
+def _all_settings(settings: tuple[str, ...], flags: dict[str, Any], debug: bool = False) -> list[str]:
+    """The settings as they were typed, with those that a flag is short for. The later one of a key counts."""
     keys = {
         "nodes": "parallel.nodes",
         "gpus_per_node": "parallel.processes_per_node",
@@ -140,7 +144,8 @@ def _flag_settings(flags: dict[str, Any]) -> list[str]:
         "gpu_ids": "parallel.gpu_ids",
     }
     given = {keys[name]: value for name, value in flags.items() if value is not None}
-    return [f"{key}=[{value}]" if key == "parallel.gpu_ids" else f"{key}={value}" for key, value in given.items()]
+    short = [f"{key}=[{value}]" if key == "parallel.gpu_ids" else f"{key}={value}" for key, value in given.items()]
+    return [*(["parallel.processes_per_node=1"] if debug else []), *settings, *short]
 
 
 def main() -> None:
@@ -153,6 +158,10 @@ def main() -> None:
     except ToolkitError as error:
         print(f"\n{error.title}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. The interpreter flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         print("\nstopped; nothing was started.", file=sys.stderr)
         sys.exit(130)

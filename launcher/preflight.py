@@ -56,6 +56,15 @@ def check_output(run: RunDir) -> None:
         )
 
 
+def check_one_rank(plan: LaunchPlan) -> None:
+    """--debug runs in one process."""
+    if plan.world_size > 1:
+        raise ConfigError(
+            f"--debug runs one rank in this process, but the plan has {plan.world_size}: "
+            "add parallel.processes_per_node=1."
+        )
+
+
 def _existing_parent(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import functools
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +20,14 @@ import psutil
 
 from dist_train.errors import CrashError, ToolkitError, error_for_code
 from dist_train.events import read_lines
-from dist_train.rundir import RunDir
+from dist_train.rundir import RunDir, storage_error
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 # How long the other ranks may take to end by themselves once one has died.
 _GRACE_S = 10.0
+# A rank's own report of its failure needs so much.
+_LEAST_FREE_BYTES = 4096
 
 
 @dataclass
@@ -73,7 +79,7 @@ class Supervisor:
                     stdout=stream,
                     stderr=stream,
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
+                    preexec_fn=functools.partial(_die_with, os.getpid()),
                 )
             try:
                 self._wait(child, watch)
@@ -82,7 +88,7 @@ class Supervisor:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        watch()
+        _show(watch)
         self._raise_cause(child.returncode)
 
     def _wait(self, child: subprocess.Popen[bytes], watch: Callable[[], None]) -> None:
@@ -92,7 +98,7 @@ class Supervisor:
             if self.asked_to_stop > forwarded:
                 forwarded = self.asked_to_stop
                 if forwarded == 1:
-                    print("stopping: the step under way is ended and saved; once more to end at once.", flush=True)
+                    _show(lambda: print("stopping: the step under way is ended and saved; once more to end at once."))
                 self._tell_ranks(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
                 if forwarded > 1 or not self._ranks.pids:
                     return
@@ -100,7 +106,7 @@ class Supervisor:
                 self._died_at = time.monotonic()
             if self._died_at is not None and time.monotonic() - self._died_at > _GRACE_S:
                 return
-            watch()
+            _show(watch)
             time.sleep(_POLL_S)
         self._look()
 
@@ -138,6 +144,9 @@ class Supervisor:
             code = int(str(record["code"]))
             if code != CrashError.exit_code:
                 raise error_for_code(code)(str(record["message"]))
+        if self._vanished and shutil.disk_usage(self.run.path).free < _LEAST_FREE_BYTES:
+            # Its last words found no room.
+            raise storage_error(self.run.events, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         if self._vanished and not (self.asked_to_stop > 1):
             rank, pid = next(iter(self._vanished.items()))
             raise CrashError(
@@ -164,9 +173,24 @@ class Supervisor:
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
-def die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """In the child, before it becomes the command: the kernel kills it when we die, whatever kills us."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(CrashError.exit_code)  # we died before the kernel was told
+
+
+def _show(action: Callable[[], None]) -> None:
+    """A terminal that was closed, or a pipe that nobody reads any more, is no reason to stop a training."""
+    try:
+        action()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, sys.stderr.fileno())
 
 
 def _stopped(message: str) -> ToolkitError:

@@ -20,6 +20,11 @@ from dist_train.rundir import RunDir
 _CONSOLE_WIDTH = 160
 
 
+def output_folder(given: str | None) -> str:
+    """Where the runs lie: as given, else the site file's output_dir, else runs."""
+    return given or config_io.site_output_dir() or "runs"
+
+
 def print_list(output_dir: str) -> None:
     """One line a run: when it began, how far it came, how it ended, and its headline metrics."""
     runs = [RunDir(path.parent) for path in sorted(Path(output_dir).glob("*/config.yaml"))]

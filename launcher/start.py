@@ -23,8 +23,9 @@ from dist_train.hardware import Hardware, detect_hardware
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import Recipe, load_recipe
 from dist_train.rundir import RunDir, default_run_name, write_atomic, write_json
+from dist_train.stop import StopFlag
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
-from launcher.preflight import check_gpus, check_imports, check_metric, check_output
+from launcher.preflight import check_gpus, check_imports, check_metric, check_one_rank, check_output
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
 
@@ -44,6 +45,8 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
     check_gpus(plan, hardware)
+    if debug:
+        check_one_rank(plan)
     directory.create()
     with directory.locked():
         write_atomic(directory.config, config_io.dump(config, loaded.sources, directory.name))
@@ -65,6 +68,8 @@ def resume(path: str, overrides: list[str], accept: list[str], debug: bool = Fal
         hardware = detect_hardware()
         plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
         check_gpus(plan, hardware)
+        if debug:
+            check_one_rank(plan)
         if overrides:
             write_atomic(directory.config, config_io.dump(config, {}, directory.name))
         write_json(directory.data_facts, facts)
@@ -128,7 +133,12 @@ def _attempt(
     log_event(directory.events, "run_started", attempt=attempt, pid=os.getpid(), world_size=plan.world_size)
     print_plan(directory, plan)
     if debug:
-        _debug(directory, plan, arguments)
+        from dist_train.worker import run_rank
+
+        # In this very process, so that breakpoints work.
+        stop = StopFlag()
+        stop.install()
+        run_rank(directory, attempt, stop, arguments)
         return
     last_step = min(plan.steps, config.train.stop_after_steps or plan.steps)
     watch = Watch(directory, plan, last_step)
@@ -150,18 +160,6 @@ def print_plan(directory: RunDir | None, plan: LaunchPlan) -> None:
     )
     for note in plan.notes:
         print(f"note           {note}")
-
-
-def _debug(directory: RunDir, plan: LaunchPlan, arguments: tuple[str, ...]) -> None:
-    """One rank in this very process, so that breakpoints work."""
-    if plan.world_size > 1:
-        raise ConfigError(
-            f"--debug runs one rank in this process, but the plan has {plan.world_size}: "
-            "add parallel.processes_per_node=1."
-        )
-    from dist_train.worker import run_rank
-
-    run_rank(directory, current_attempt(directory.events), arguments)
 
 
 def _record_command(directory: RunDir, attempt: int, command: list[str]) -> None:

@@ -19,6 +19,7 @@ from dist_train.loop import Training, train
 from dist_train.plan import make_plan
 from dist_train.resume import build_training, restore
 from dist_train.rundir import RunDir
+from dist_train.stop import StopFlag
 from dist_train.task import Batch, weighted_sum
 
 CLASSES, VOCABULARY, WIDTH = 3, 40, 16
@@ -127,7 +128,7 @@ def make_training(path: Path, world_size: int, task: TinyTask, attempt: int = 1,
     run = RunDir(path)
     run.logs.mkdir(parents=True, exist_ok=True)
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), task.num_rows, world_size)
-    training = build_training(run, config, plan, task, attempt, {"data": "tiny"})
+    training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag())
     restore(training)
     return training
 

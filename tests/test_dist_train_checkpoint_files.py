@@ -38,8 +38,9 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_a_checkpoint_that_verifies(t
     shim = tmp_path / "kill_shim.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, TESTS / "kill_shim.c", "-ldl"], check=True)
     done = subprocess.run(
-        [sys.executable, TESTS / "kill_during_save.py", tmp_path / "checkpoints"],
-        env={**os.environ, "LD_PRELOAD": str(shim)},
+        [sys.executable, "-m", "tests.kill_during_save", tmp_path / "run"],
+        cwd=TESTS.parent,
+        env={**os.environ, "LD_PRELOAD": str(shim), "WANDB_MODE": "disabled"},
         capture_output=True,
         text=True,
         timeout=120,

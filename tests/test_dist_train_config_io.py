@@ -58,7 +58,7 @@ def _refused(recipe: str, *overrides: str, kind: type[ToolkitError] = ConfigErro
         ("train:\n  steps: 3\n  steps: 4\n", ["mine.yaml:4", "stands twice", "line 3"]),
         ("train:\n  steps: 3\n  epochs: 4\n", ["train.steps and train.epochs are both set"]),
         ("model:\n  width: 30\n", ["model.width is 30"]),
-        ("model:\n  kind: pretrained\n", ["model.kind: pretrained and model.pretrained go together"]),
+        ("model:\n  kind: pretrained\n", ["model.kind is pretrained, but model.pretrained is null"]),
         ("train: [\n", ["mine.yaml:3: this is not valid YAML"]),
         ("- a\n", ["this is not valid YAML"]),
         ("data:\n  path: $NOWHERE/x.csv\n", ["data.path uses $NOWHERE"]),
@@ -208,3 +208,18 @@ def test_the_json_schema_knows_every_key_with_its_description() -> None:
             place = place["properties"][part]
         assert place["description"], name
     assert schema["required"] == []
+
+
+def test_a_pretrained_model_is_one_key() -> None:
+    config: Any = load("ticket_routing", ["model.pretrained=some/encoder"]).config
+    assert config.model.kind == "pretrained"
+    assert "model.kind is lstm" in _refused("ticket_routing", "model.pretrained=some/encoder", "model.kind=lstm")
+
+
+def test_the_fingerprint_of_a_result_changes_with_what_defines_it_and_nothing_else() -> None:
+    base, other, moved = (
+        config_io.result_fingerprint(load("ticket_routing", overrides).config)
+        for overrides in ([], ["optim.lr=0.5"], ["parallel.processes_per_node=2", "checkpoint.every_steps=7", "name=x"])
+    )
+    assert base == moved
+    assert base != other

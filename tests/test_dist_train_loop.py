@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone: Path, tmp_path: Path,
     for record, steps in ((first, range(9)), (second, range(9, 20))):
         taken = [index for line in read_lines(record) for index in line["indices"]]
         assert sorted(taken) == sorted(int(row) for step in steps for row in schedule.rows_of(step))
+
+
+def test_a_checkpoint_of_format_1_that_two_ranks_wrote_is_resumed(tmp_path: Path) -> None:
+    settings = {"train": {"ema_decay": 0.9}}
+    run_ranks(1, _train, tmp_path / "whole", 1, settings)
+    shutil.copytree(Path(__file__).parent / "data" / "checkpoint-format-1", tmp_path / "old" / "checkpoints")
+    run_ranks(1, _train, tmp_path / "old", 1, settings, 2)
+    assert len(curve(tmp_path / "old")) == 11
+    np.testing.assert_allclose(curve(tmp_path / "old"), curve(tmp_path / "whole")[9:], rtol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_alike_on_all_ranks(tmp_path: Path) -> None:

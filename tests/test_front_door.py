@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import xml.dom.minidom
@@ -27,7 +28,7 @@ from tests.front_door import (
 
 pytestmark = pytest.mark.front_door
 
-STEPS = 60
+STEPS = 120
 RUN_FILES = """config.yaml plan.json commands.sh metrics.jsonl events.jsonl environment.json data.json report.json
 report.md report.html predictions/test.parquet predictions/validation.parquet logs/rank0.log logs/rank1.log
 best/config.json best/model.safetensors best/tokenizer.json"""
@@ -128,14 +129,14 @@ def test_two_runs_at_once_repeat_a_run_from_its_directory(desk: Path) -> None:
     for index in (1, 2):
         _assert_same_result(desk / "runs" / f"again{index}", desk / "runs" / "whole2")
     listed = dist_train(["runs"], desk).stdout
-    assert re.search(r"again1 .*finished.*60/60.*accuracy", listed)
+    assert re.search(rf"again1 .*finished.*{STEPS}/{STEPS}.*accuracy", listed)
     different = dist_train(["runs", "diff", "whole2", "whole4"], desk).stdout
     assert re.search(r"parallel.processes_per_node\s+│ 2\s+│ 4", different)
     assert "optim.lr" not in different
 
 
 def test_debug_runs_one_rank_in_the_very_process(desk: Path) -> None:
-    arguments = [*_run("debug", 1), "train.steps=3", "checkpoint.every_steps=3", "--debug"]
+    arguments = ["run", "ticket_routing", "name=debug", *SETTINGS, "train.steps=3", "--debug"]
     done = dist_train(arguments, desk)
     assert done.returncode == 0, done.stdout + done.stderr
     records = lines(desk / "runs" / "debug" / "events.jsonl")
@@ -144,6 +145,7 @@ def test_debug_runs_one_rank_in_the_very_process(desk: Path) -> None:
     refused = dist_train([*_run("debug2", 2), "--debug"], desk)
     assert refused.returncode == 2
     assert "parallel.processes_per_node=1" in refused.stderr
+    assert not (desk / "runs" / "debug2").exists()
 
 
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
@@ -162,9 +164,11 @@ def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str)
     while any(alive(pid) for pid in pids.values()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids.values() if alive(pid)], "a rank was left behind"
+    newest = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
+    assert 20 <= newest < STEPS
     resumed = dist_train(["resume", f"runs/{run.name}"], desk)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "resumed at step 20" in resumed.stdout
+    assert f"resumed at step {newest}" in resumed.stdout
     _assert_same_result(run, desk / "runs" / f"whole{ranks}")
 
 
@@ -180,6 +184,44 @@ def test_ctrl_c_saves_the_step_it_is_at_and_the_run_goes_on_from_there(desk: Pat
     resumed = dist_train(["resume", f"runs/{run.name}"], desk)
     assert f"resumed at step {stopped_at}" in resumed.stdout, resumed.stdout + resumed.stderr
     _assert_same_result(run, desk / "runs" / "whole2")
+
+
+def test_ctrl_c_while_the_ranks_still_import_saves_the_first_step(desk: Path) -> None:
+    run = desk / "runs" / "early"
+    process = start(_run(run.name), desk)
+    deadline = time.monotonic() + 60
+    while len([line for line in lines(run / "events.jsonl") if line["event"] == "rank_started"]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "after step 1; the checkpoint of that step is saved" in output
+
+
+def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_report(desk: Path) -> None:
+    run = desk / "runs" / "unread"
+    process = start(_run(run.name), desk)
+    wait_for_step(run, 5)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    _assert_same_result(run, desk / "runs" / "whole2")
+    assert (run / "report.html").is_file()
+
+
+def test_a_config_that_was_edited_between_attempts_needs_a_word_to_go_on(desk: Path) -> None:
+    run = desk / "runs" / "edited"
+    arguments = [*_run(run.name, 1), "train.stop_after_steps=2", "eval.every_steps=2"]
+    assert dist_train(arguments, desk).returncode == 0
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("  weight_decay: 0.1", "  weight_decay: 0.2"))
+    refused = dist_train(["resume", f"runs/{run.name}", "train.stop_after_steps=4"], desk)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "the config changed since the checkpoint was saved" in refused.stderr
+    resumed = dist_train(["resume", f"runs/{run.name}", "train.stop_after_steps=4", "--accept", "config"], desk)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "resumed at step 2" in resumed.stdout
 
 
 def test_a_stopped_rank_is_named_and_nothing_is_left_behind(desk: Path) -> None:
@@ -209,13 +251,12 @@ def test_a_live_run_and_an_existing_name_are_refused(desk: Path) -> None:
 
 
 def test_all_checkpoints_damaged_is_exit_11_and_never_a_fresh_start(desk: Path) -> None:
-    run = desk / "runs" / "hung"
+    run = desk / "runs" / "damaged"
+    shutil.copytree(desk / "runs" / "whole2", run)
+    before = (run / "metrics.jsonl").read_bytes()
     for shard in (run / "checkpoints").glob("step-*/rank-00000*"):
         shard.write_bytes(shard.read_bytes()[:-1])
-    if not list((run / "checkpoints").glob("step-*")):
-        (run / "checkpoints").mkdir(exist_ok=True)
-        with open(run / "events.jsonl", "a") as stream:
-            stream.write('{"time": 0, "event": "checkpoint_committed", "step": 1}\n')
-    resumed = dist_train(["resume", "runs/hung"], desk)
+    resumed = dist_train(["resume", f"runs/{run.name}"], desk)
     assert resumed.returncode == 11, resumed.stdout + resumed.stderr
-    assert losses(run) == losses(run)
+    assert "rank-00000-of-00002.safetensors" in resumed.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before, "it trained"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.errors import BusyError
+from dist_train.errors import BusyError, StorageError
 from dist_train.events import append_line, log_event, read_lines
 from dist_train.hardware import Hardware
 from dist_train.heartbeat import missing_ranks
@@ -23,8 +23,10 @@ from dist_train.rundir import RunDir, write_atomic
 from dist_train.stop import StopFlag
 from launcher import doctor, recipes_list
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
+from launcher.runs import output_folder
 from launcher.watch import Watch
 from tests.fakes import TinyConfig
+from tests.front_door import mounted
 from tests.test_dist_train_plan import CPU, NODE
 
 
@@ -114,6 +116,27 @@ def test_a_number_that_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
         stream.write('{"torn": ')
     expected = {"loss": None, "norm": None, "lr": 0.1, "none": None, "nonfinite": ["loss", "norm"]}
     assert list(read_lines(tmp_path / "x.jsonl")) == [expected]
+
+
+def test_a_line_that_a_full_disk_cuts_short_is_taken_back(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=16k") as folder:
+        path = folder / "x.jsonl"
+        whole = {"text": "y" * 3000}
+        for _ in range(4):
+            append_line(path, whole)
+        with pytest.raises(StorageError, match="the disk is full"):
+            append_line(path, {"text": "y" * 6000})
+        assert list(read_lines(path)) == [whole] * len(path.read_bytes().splitlines())
+        assert path.read_bytes().endswith(b"\n")
+
+
+def test_the_runs_of_the_sites_output_folder_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert output_folder(None) == "runs"
+    (tmp_path / "dist-train").mkdir()
+    (tmp_path / "dist-train" / "site.yaml").write_text("output_dir: scratch\n")
+    assert output_folder(None) == str(tmp_path / "dist-train" / "scratch")
+    assert output_folder("here") == "here"
 
 
 def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:

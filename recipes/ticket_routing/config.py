@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -76,9 +76,9 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     kind: Literal["transformer", "lstm", "pretrained"] = "transformer"
-    """Own Transformer encoder, bidirectional LSTM, or a Hugging Face encoder (`pretrained`)."""
+    """Own Transformer encoder, bidirectional LSTM, or a Hugging Face encoder (`model.pretrained` sets it)."""
     pretrained: str | None = path_field(None)
-    """Folder or hub name of a Hugging Face encoder, for kind: pretrained."""
+    """Folder or hub name of a Hugging Face encoder; null trains an own model from scratch."""
     revision: str | None = None
     """Revision of the hub model; null takes the newest and records it."""
     layers: Positive = 2
@@ -92,10 +92,20 @@ class ModelConfig(Section):
     dropout: Share = 0.1
     """Dropout probability in training."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrained_is_a_kind(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("pretrained") is not None:
+            return {"kind": "pretrained", **values}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.kind == "pretrained") != (self.pretrained is not None):
-            raise ValueError("model.kind: pretrained and model.pretrained go together: set both or neither")
+            raise ValueError(
+                f"model.kind is {self.kind}, but model.pretrained is {self.pretrained or 'null'}: kind pretrained goes "
+                "with a folder or hub name, and for an own model model.pretrained is null"
+            )
         if self.kind == "transformer" and self.width % (2 * self.heads):
             raise ValueError(f"model.width is {self.width}, but must be an even multiple of model.heads ({self.heads})")
         return self

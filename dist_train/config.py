@@ -123,16 +123,16 @@ class TrackConfig(Section):
     """Write a line of training metrics each time so many steps are done."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases mode. auto: WANDB_MODE if set, online with a key, else offline."""
-    project: str = "dist-train"
-    """W&B project; WANDB_PROJECT goes before the default."""
+    project: str | None = None
+    """W&B project; null takes WANDB_PROJECT, else dist-train."""
     entity: str | None = None
-    """W&B team or user; null takes WANDB_ENTITY or the account's default."""
+    """W&B team or user; null takes WANDB_ENTITY, else the account's default."""
     group: str | None = None
-    """W&B group, for runs that belong together."""
-    job_type: str = "train"
-    """W&B job type."""
+    """W&B group, for runs that belong together; null takes WANDB_RUN_GROUP, else none."""
+    job_type: str | None = None
+    """W&B job type; null takes WANDB_JOB_TYPE, else train."""
     tags: list[str] = []
-    """W&B tags."""
+    """W&B tags; [] takes WANDB_TAGS, else none."""
     upload: Literal["metrics", "tables", "all"] = "metrics"
     """What leaves the machine: metrics alone, also per-class tables, or also the report."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
+from dist_train.errors import HangError
 from dist_train.rundir import RunDir
 
 _EVERY_S = 1.0
@@ -29,8 +32,24 @@ class Heartbeat:
             time.sleep(_EVERY_S)
 
 
-def missing_ranks(folder: Path, world_size: int) -> list[str]:
-    """The ranks that the others wait for, each with what is known of it; empty when all look alike."""
+def waited_in_vain(run: RunDir, rank: int, waited: Collection[int] = ()) -> HangError:
+    """The error for a collective that ran out of time on `rank`; it names who is missing.
+
+    waited: ranks that are known to have waited too, and may have died of it.
+    """
+    plan = json.loads(run.plan.read_text())
+    missing = ", ".join(missing_ranks(run.heartbeats, plan["world_size"], waited)) or "no rank stands out"
+    return HangError(
+        f"rank {rank} waited in vain for the other ranks (parallel.timeout_s). Missing: {missing}.\n"
+        f"Logs of all ranks: {run.logs}. Go on from the newest checkpoint with: dist-train resume {run.path}"
+    )
+
+
+def missing_ranks(folder: Path, world_size: int, waited: Collection[int] = ()) -> list[str]:
+    """The ranks that the others wait for, each with what is known of it; empty when all look alike.
+
+    Those in `waited` are among the others.
+    """
     beats: dict[int, tuple[int, float]] = {}
     for rank in range(world_size):
         try:
@@ -39,10 +58,14 @@ def missing_ranks(folder: Path, world_size: int) -> list[str]:
         except (OSError, ValueError):
             beats[rank] = -1, 0.0
     now = time.time()
-    silent = [rank for rank, (_, when) in beats.items() if now - when > _SILENT_S]
+    silent = [rank for rank, (_, when) in beats.items() if now - when > _SILENT_S and rank not in waited]
     if silent:
         return [f"rank {rank} (silent since step {beats[rank][0]})" for rank in silent]
     lowest, highest = min(step for step, _ in beats.values()), max(step for step, _ in beats.values())
     if lowest == highest:
         return []
-    return [f"rank {rank} (still in step {step})" for rank, (step, _) in beats.items() if step == lowest]
+    return [
+        f"rank {rank} (still in step {step})"
+        for rank, (step, _) in beats.items()
+        if step == lowest and rank not in waited
+    ]

@@ -45,6 +45,11 @@ def build_training(
             f"{engine.world_size} ranks were started, but the plan has {plan.world_size}: start the run with "
             "dist-train, or set parallel.processes_per_node to what your launcher starts."
         )
+    if engine.device.type != plan.device:
+        raise ConfigError(
+            f"the plan is for {plan.device}, but torch offers {engine.device.type} here: `dist-train doctor` says what "
+            "is missing. To train on the CPU hide the GPUs with CUDA_VISIBLE_DEVICES= (empty)."
+        )
     torch.manual_seed(derive_seed(INIT, config.seed))
     engine.prepare(task.build_model())
     optimizer = make_optimizer(engine.module, config.optim)

@@ -103,18 +103,19 @@ def _start_wandb(run: RunDir, config: RunConfig) -> Any:
         else:
             run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
             write_atomic(run.wandb_id, run_id + "\n")
-        track = config.track
+        track, variables = config.track, os.environ
         return wandb.init(
             id=run_id,
             resume="allow",
             mode=cast(Any, mode),
             dir=str(run.path),
-            name=run.name,
-            project=os.environ.get("WANDB_PROJECT") or track.project,
-            entity=track.entity or os.environ.get("WANDB_ENTITY"),
-            group=track.group or os.environ.get("WANDB_RUN_GROUP"),
-            job_type=track.job_type,
-            tags=track.tags or None,
+            # W&B reads its variables once a process, so they are handed over.
+            name=variables.get("WANDB_NAME") or run.name,
+            project=track.project or variables.get("WANDB_PROJECT") or "dist-train",
+            entity=track.entity or variables.get("WANDB_ENTITY"),
+            group=track.group or variables.get("WANDB_RUN_GROUP"),
+            job_type=track.job_type or variables.get("WANDB_JOB_TYPE") or "train",
+            tags=track.tags or [tag for tag in variables.get("WANDB_TAGS", "").split(",") if tag],
             config=flatten(config),
             settings=wandb.Settings(init_timeout=_init_timeout_s(), silent=True, disable_git=True, console="off"),
         )

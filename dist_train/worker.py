@@ -12,8 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from dist_train.errors import CrashError, HangError, StorageError, ToolkitError
+from dist_train.errors import CrashError, StorageError, ToolkitError
 from dist_train.events import current_attempt, log_event
+from dist_train.heartbeat import waited_in_vain
 from dist_train.rundir import LAUNCHER_PID, RunDir
 from dist_train.stop import StopFlag
 
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     except BaseException as error:
         traceback.print_exc()
         if "timed out" in str(error).lower():
-            return _report(run, attempt, rank, _hang(run, rank))
+            return _report(run, attempt, rank, waited_in_vain(run, rank))
         crash = CrashError(f"rank {rank}: {type(error).__name__}: {error}\nThe traceback is in {run.rank_log(rank)}.")
         return _report(run, attempt, rank, crash)
     log_event(run.events, "rank_finished", attempt=attempt, rank=rank)
@@ -81,18 +82,6 @@ def _report(run: RunDir, attempt: int, rank: int, error: ToolkitError) -> int:
         print(f"{error.title}: {error}", file=sys.stderr, flush=True)
         log_event(run.events, "failed", attempt=attempt, rank=rank, code=error.exit_code, message=str(error))
     return error.exit_code
-
-
-def _hang(run: RunDir, rank: int) -> HangError:
-    """The error for a collective that ran out of time on this rank."""
-    from dist_train.heartbeat import missing_ranks
-
-    plan = json.loads(run.plan.read_text())
-    missing = ", ".join(missing_ranks(run.heartbeats, plan["world_size"])) or "no rank stands out"
-    return HangError(
-        f"rank {rank} waited in vain for the other ranks (parallel.timeout_s). Missing: {missing}.\n"
-        f"Logs of all ranks: {run.logs}. Go on from the newest checkpoint with: dist-train resume {run.path}"
-    )
 
 
 def _redirect_output(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -53,6 +54,20 @@ def check_output(run: RunDir) -> None:
         raise StorageError(
             f"{folder} has {free_mib:.0f} MiB free, but a run needs {_LEAST_FREE_MIB} MiB at the very least: "
             "free some space, or choose another folder with output_dir=..."
+        )
+
+
+def check_can_start(plan: LaunchPlan) -> None:
+    """What is planned can be started from here."""
+    if plan.nodes > 1:
+        raise ConfigError(
+            f"parallel.nodes is {plan.nodes}, but this command starts ranks on this machine alone: "
+            "set parallel.nodes to 1. `dist-train plan` shows a plan for several nodes."
+        )
+    if plan.device == "cuda" and "+cpu" in importlib.metadata.version("torch"):
+        raise ConfigError(
+            "there are GPUs, but this torch is built for the CPU: install its CUDA build (README: which torch), or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES= (empty) to train on the CPU."
         )
 
 

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from dist_train.errors import CrashError, ToolkitError, error_for_code
 from dist_train.events import read_lines
+from dist_train.heartbeat import waited_in_vain
 from dist_train.rundir import RunDir, storage_error
 
 _PR_SET_PDEATHSIG = 1
@@ -28,6 +30,9 @@ _POLL_S = 0.1
 _GRACE_S = 10.0
 # A rank's own report of its failure needs so much.
 _LEAST_FREE_BYTES = 4096
+_TAIL_BYTES = 1 << 20
+# NCCL's watchdog ends its process when a collective takes too long, and says so in the log alone.
+_TIMED_OUT = b"Watchdog caught collective operation timeout"
 
 
 @dataclass
@@ -147,6 +152,9 @@ class Supervisor:
         if self._vanished and shutil.disk_usage(self.run.path).free < _LEAST_FREE_BYTES:
             # Its last words found no room.
             raise storage_error(self.run.events, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        timed_out = [rank for rank in self._vanished if _TIMED_OUT in _tail(self.run.rank_log(rank))]
+        if timed_out:
+            raise waited_in_vain(self.run, timed_out[0], timed_out)
         if self._vanished and not (self.asked_to_stop > 1):
             rank, pid = next(iter(self._vanished.items()))
             raise CrashError(
@@ -207,6 +215,16 @@ def read_output(command: list[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _tail(path: Path) -> bytes:
+    """The end of a log; empty when there is none."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - _TAIL_BYTES))
+            return stream.read()
+    except OSError:
+        return b""
 
 
 def _alive(pid: int) -> bool:

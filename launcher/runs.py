@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dist_train import config_io
@@ -15,9 +14,7 @@ from dist_train.errors import ConfigError
 from dist_train.events import read_lines
 from dist_train.report import show_interval
 from dist_train.rundir import RunDir
-
-# Wide enough for any path: a table cut to the terminal's width would hide what was asked for.
-_CONSOLE_WIDTH = 160
+from launcher.summary import open_console
 
 
 def output_folder(given: str | None) -> str:
@@ -38,7 +35,7 @@ def print_list(output_dir: str) -> None:
         headline = [f"{name} {report['metrics']['test'][name]['value']:.4f}" for name in names]
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(_started(run)))
         table.add_row(run.name, started, _state(run), _progress(run), "  ".join(headline))
-    _console().print(table)
+    open_console().print(table)
 
 
 def print_diff(first: str, second: str, output_dir: str) -> None:
@@ -50,7 +47,7 @@ def print_diff(first: str, second: str, output_dir: str) -> None:
         values = [str(side.get(key, "-")) for side in sides]
         if values[0] != values[1]:
             table.add_row(key, *values)
-    console = _console()
+    console = open_console()
     console.print(table if table.row_count else "settings, data and surroundings are the same")
     reports = [_read(run.report_json) for run in runs]
     missing = [run.name for run, report in zip(runs, reports, strict=True) if not report]
@@ -107,8 +104,3 @@ def _started(run: RunDir) -> float:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=_CONSOLE_WIDTH)

@@ -25,11 +25,14 @@ from dist_train.recipe import Recipe, load_recipe
 from dist_train.rundir import RunDir, default_run_name, write_atomic, write_json
 from dist_train.stop import StopFlag
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
-from launcher.preflight import check_gpus, check_imports, check_metric, check_one_rank, check_output
+from launcher.preflight import check_can_start, check_gpus, check_imports, check_metric, check_one_rank, check_output
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
 
-_PACKAGES = ("torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "scikit-learn")
+_PACKAGES = (
+    *("torch", "accelerate", "transformers", "datasets", "tokenizers", "safetensors", "wandb"),
+    *("pydantic", "numpy", "pyarrow", "scikit-learn"),
+)
 
 
 def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
@@ -44,9 +47,7 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
     facts = prepare_data(config, recipe)
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
-    check_gpus(plan, hardware)
-    if debug:
-        check_one_rank(plan)
+    _check_start(plan, hardware, debug)
     directory.create()
     with directory.locked():
         write_atomic(directory.config, config_io.dump(config, loaded.sources, directory.name))
@@ -67,9 +68,7 @@ def resume(path: str, overrides: list[str], accept: list[str], debug: bool = Fal
         facts = _same_data(directory, config, recipe, accept)
         hardware = detect_hardware()
         plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
-        check_gpus(plan, hardware)
-        if debug:
-            check_one_rank(plan)
+        _check_start(plan, hardware, debug)
         if overrides:
             write_atomic(directory.config, config_io.dump(config, {}, directory.name))
         write_json(directory.data_facts, facts)
@@ -87,8 +86,16 @@ def evaluate(path: str, checkpoint: str) -> RunDir:
         hardware = detect_hardware()
         facts = json.loads(directory.data_facts.read_text())
         plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
+        _check_start(plan, hardware, debug=False)
         _attempt(directory, config, plan, hardware, False, (f"--evaluate={checkpoint}",))
     return directory
+
+
+def _check_start(plan: LaunchPlan, hardware: Hardware, debug: bool) -> None:
+    check_gpus(plan, hardware)
+    check_can_start(plan)
+    if debug:
+        check_one_rank(plan)
 
 
 def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dist_train.config_io import load_run_config
+from dist_train.report import summary_table
 from dist_train.rundir import RunDir
+
+# Off a terminal: wide enough that no table is cut or wrapped.
+_PLAIN_WIDTH = 160
+
+
+def open_console() -> Console:
+    """For text as it is, with tables that fit the terminal."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
 
 
 def print_summary(run: RunDir) -> None:
-    import json
-
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from dist_train.report import summary_table
-
-    console = Console(highlight=False)
+    console = open_console()
     report = json.loads(run.report_json.read_text())
     header, *rows = summary_table(report)
     title = f"{run.name}: test split with 95 % intervals; differences are paired"
@@ -26,9 +36,7 @@ def print_summary(run: RunDir) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in report["verdicts"]:
-        console.print(line, markup=False)
-    console.print()
+    lines = [*report["verdicts"], *_training_line(report["training"]), ""]
     for name, path in (
         ("report", run.report_html),
         ("model folder", run.best),
@@ -36,22 +44,32 @@ def print_summary(run: RunDir) -> None:
         ("predictions", run.predictions),
         ("everything", run.path),
     ):
-        console.print(f"{name:13s}{path}", markup=False, soft_wrap=True)
-    console.print("\nnext:", markup=False)
-    for command in _next_commands(run, report):
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        lines.append(f"{name:13s}{path}")
+    lines += ["", "next:", *(f"  {command}" for command in _next_commands(run))]
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
-def _next_commands(run: RunDir, report: dict[str, Any]) -> list[str]:
-    shown = shlex.quote(_short(run.path))
-    commands = [
-        f"dist-train run {shown}/config.yaml  # the same again, under a new name",
-        f"dist-train runs diff {shown} OTHER  # what differs from another run",
+def _training_line(training: dict[str, Any]) -> list[str]:
+    if training["samples_per_s"] is None:
+        return []  # no step was logged
+    return [
+        f"Trained {training['samples']:,} samples at {training['samples_per_s']:,.0f} a second; "
+        f"{training['padding_share']:.1%} of the positions were padding."
     ]
+
+
+def _next_commands(run: RunDir) -> list[str]:
+    shown = shlex.quote(_short(run.path))
+    commands = []
+    if shutil.which("dist-train") is None:
+        commands.append(f". {shlex.quote(str(Path(sys.prefix) / 'bin' / 'activate'))}  # puts dist-train on the path")
+    if load_run_config(run).train.stop_after_steps is not None:
+        commands.append(f"dist-train resume {shown} train.stop_after_steps=null  # train the rest of the schedule")
+    commands.append(f"dist-train run {shown}/config.yaml  # the same again, under a new name")
+    commands.append(f"dist-train runs diff {shown} OTHER  # what differs from another run")
     if list(run.path.glob("wandb/offline-run-*")):
         commands.append(f"wandb sync {shown}/wandb/offline-run-*  # send the curves to W&B")
-    if report["training"]["last_step"] < report["plan"]["steps"]:
-        commands.insert(0, f"dist-train resume {shown} train.stop_after_steps=null  # train the rest of the schedule")
     return commands
 
 

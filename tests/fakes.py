@@ -115,7 +115,12 @@ class TinyTask:
         raise AssertionError("not used here")
 
 
-def make_training(path: Path, world_size: int, task: TinyTask, attempt: int = 1, **sections: Any) -> Training:
+CPU = Hardware("host", "cpu", 2, 8.0)
+
+
+def make_training(
+    path: Path, world_size: int, task: TinyTask, attempt: int = 1, hardware: Hardware = CPU, **sections: Any
+) -> Training:
     """A training of `task` in the run directory `path`, at the newest checkpoint there."""
     settings: dict[str, Any] = {
         "train": {"global_batch_size": 16, "steps": 20, **sections.pop("train", {})},
@@ -127,7 +132,7 @@ def make_training(path: Path, world_size: int, task: TinyTask, attempt: int = 1,
     config = TinyConfig(recipe="tiny", **settings)
     run = RunDir(path)
     run.logs.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), task.num_rows, world_size)
+    plan = make_plan(config, hardware, task.num_rows, world_size)
     training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag())
     restore(training)
     return training

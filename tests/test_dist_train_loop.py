@@ -11,8 +11,10 @@ import torch
 
 from dist_train.checkpoint_files import newest_valid
 from dist_train.data import Schedule, row_seeds
+from dist_train.errors import ConfigError
 from dist_train.evaluate import evaluate
 from dist_train.events import read_lines
+from dist_train.hardware import Gpu, Hardware
 from dist_train.rundir import RunDir
 from tests.fakes import TinyRows, TinyTask, curve, events, make_training, train_tiny
 from tests.ranks import run_ranks
@@ -126,6 +128,13 @@ def test_early_stopping_counts_on_over_a_resume(tmp_path: Path) -> None:
 def test_a_world_that_is_not_the_planned_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="ConfigError: 1 ranks were started, but the plan has 2"):
         run_ranks(1, _train, tmp_path, 2, {})
+
+
+def test_a_device_that_torch_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the plan is for cuda, but torch offers cpu here"):
+        make_training(
+            tmp_path, 1, TinyTask(), hardware=Hardware("host", "cpu", 2, 8.0, (Gpu(0, "GPU-a", "a GPU", 80.0),))
+        )
 
 
 def test_sgd_keeps_its_momentum_over_a_resume(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -26,6 +27,19 @@ def _run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "runs" / "mine")
     run.create()
     return run
+
+
+def _stored(run: RunDir, *words: str) -> bytes:
+    """What W&B's own process has written, which may be a moment after `finish` returned; it holds these words."""
+    deadline = time.monotonic() + 20
+    while True:
+        files = [path for path in (run.path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
+        content = b"".join(path.read_bytes() for path in files)
+        missing = [word for word in words if word.encode() not in content]
+        if not missing:
+            return content
+        assert time.monotonic() < deadline, f"not stored: {missing}"
+        time.sleep(0.05)
 
 
 def test_two_attempts_are_one_offline_wandb_run_and_hold_no_secret(
@@ -42,13 +56,26 @@ def test_two_attempts_are_one_offline_wandb_run_and_hold_no_secret(
     lines = list(read_lines(run.metrics))
     assert [(line["step"], line["attempt"], line["loss"]) for line in lines] == [(1, 1, 1.0), (2, 2, 0.5)]
     run_id = run.wandb_id.read_text().strip()
-    stored = list((run.path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert stored
-    content = b"".join(path.read_bytes() for path in stored)
-    for word in (b"train/loss", b"tickets", b"sweep", b"train.global_batch_size"):
-        assert word in content
+    assert list((run.path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    _stored(run, "train/loss", "tickets", "sweep", "train.global_batch_size", "mine")
     for path in run.path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_what_the_config_leaves_open_comes_from_the_variables_of_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"WANDB_PROJECT": "from-site", "WANDB_ENTITY": "the-team", "WANDB_RUN_GROUP": "nightly"}
+    words |= {"WANDB_JOB_TYPE": "ablation", "WANDB_TAGS": "blue,green", "WANDB_NAME": "a-name"}
+    for variable, value in words.items():
+        monkeypatch.setenv(variable, value)
+    for track in ({}, {"project": "own", "group": "ours", "job_type": "study", "tags": ["red"]}):
+        run = RunDir(tmp_path / f"runs{len(track)}" / "mine")
+        run.create()
+        Tracker(run, TinyConfig(recipe="tiny", track={"wandb": "offline", **track}), 1).finish({})
+        expected = [track.get("project", "from-site"), "the-team", track.get("group", "nightly")]
+        expected += [track.get("job_type", "ablation"), *track.get("tags", ["blue", "green"]), "a-name"]
+        _stored(run, *map(str, expected))
 
 
 @pytest.mark.parametrize(("upload", "tables", "reports"), [("metrics", 0, 0), ("tables", 1, 0), ("all", 1, 1)])
@@ -61,9 +88,7 @@ def test_nothing_but_metrics_leaves_unless_it_is_asked_for(
     entry = {"value": 0.5, "low": 0.4, "high": 0.6}
     classes = {"a class": {"support": 3, "precision": entry, "recall": entry, "f1": entry}}
     tracker.finish({"metrics": {"test": {"accuracy": entry}}, "classes": {"test": classes}})
-    files = [path for path in (run.path / "wandb").rglob("*") if path.is_file() and not path.is_symlink()]
-    content = b"".join(path.read_bytes() for path in files)
-    assert b"test/accuracy" in content
+    content = _stored(run, "test/accuracy", *(["a class"] if tables else []), *(["report.html"] if reports else []))
     assert (b"a class" in content) == bool(tables)
     assert (b"report.html" in content) == bool(reports)
 

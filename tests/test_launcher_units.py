@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.errors import BusyError, StorageError
+from dist_train.errors import BusyError, CrashError, HangError, StorageError
 from dist_train.events import append_line, log_event, read_lines
 from dist_train.hardware import Hardware
 from dist_train.heartbeat import missing_ranks
@@ -23,6 +23,7 @@ from dist_train.rundir import RunDir, write_atomic
 from dist_train.stop import StopFlag
 from launcher import doctor, recipes_list
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
+from launcher.process import Supervisor
 from launcher.runs import output_folder
 from launcher.watch import Watch
 from tests.fakes import TinyConfig
@@ -191,6 +192,27 @@ def test_the_rank_that_the_others_wait_for_is_named(tmp_path: Path) -> None:
     (tmp_path / "rank2").write_text(f"7 {now - 60}\n")
     assert missing_ranks(tmp_path, 3) == ["rank 2 (silent since step 7)"]
     assert missing_ranks(tmp_path, 4)[-1] == "rank 3 (silent since step -1)"
+
+
+def test_the_missing_rank_is_named_where_nccl_has_killed_those_that_waited(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    run.heartbeats.mkdir()
+    run.plan.write_text('{"world_size": 3}')
+    supervisor = Supervisor(run, 1)
+    now = time.time()
+    for rank, when in enumerate((now - 20, now - 60, now - 20)):
+        log_event(run.events, "rank_started", attempt=1, rank=rank, pid=2**22 + 1 + rank)
+        (run.heartbeats / f"rank{rank}").write_text(f"7 {when}\n")
+        if rank != 1:
+            run.rank_log(rank).write_text("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(…) ran …\n")
+    supervisor._vanished = {0: 1, 2: 3}
+    with pytest.raises(HangError, match=r"Missing: rank 1 \(silent since step 7\)\."):
+        supervisor._raise_cause(1)
+    run.rank_log(0).write_text("no such word\n")
+    run.rank_log(2).write_text("no such word\n")
+    with pytest.raises(CrashError, match=r"rank 0 .* was killed from outside"):
+        supervisor._raise_cause(1)
 
 
 def test_a_signal_sets_the_flag_and_ends_nothing() -> None:

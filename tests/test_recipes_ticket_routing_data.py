@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_the_threshold_is_a_jaccard_of_nine_tenths(shared: int, together: bool) 
 def test_thousands_of_tickets_from_one_template_are_one_group_at_once() -> None:
     groups = group_near_duplicates([f"{LONG} host{index}" for index in range(4000)])
     assert len(set(groups)) == 1
+
+
+def test_one_very_long_ticket_costs_no_memory_for_each_of_the_others(tmp_path: Path) -> None:
+    rows = [*_tickets(300), {"text": "endless " * 100_000, "queue": "a"}]
+    path = _write(tmp_path / "t.csv", rows)
+    tracemalloc.start()
+    _prepare(path, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6, "an array of 301 texts as wide as the longest holds 960 MB"
 
 
 def test_the_leak_report_counts_what_is_there(tmp_path: Path) -> None:

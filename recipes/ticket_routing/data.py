@@ -190,20 +190,21 @@ def _build(config: Config, sources: list[Source], key: str, folder: Path, report
     tickets = _read(config.data, sources)
     warnings = _validate(tickets, config.data)
     names = sorted(set(tickets.labels))
-    labels = np.array([names.index(label) for label in tickets.labels], dtype=np.int32)
+    index_of = {name: index for index, name in enumerate(names)}
+    labels = np.array([index_of[label] for label in tickets.labels], dtype=np.int32)
     report(f"data           {len(labels)} tickets in {len(names)} classes; looking for near-duplicates")
     groups = group_near_duplicates(tickets.texts)
     split_of, method = _split(tickets, labels, groups, config.data)
     _check_split(split_of, labels, names, method)
     # Texts without words are told apart by their signs.
-    exact = np.unique([normalise(text) or text for text in tickets.texts], return_inverse=True)[1]
-    leaks = split.leak_report(split_of, labels, groups, exact)
+    copies = len(tickets.texts) - len({normalise(text) or text for text in tickets.texts})
+    leaks = {"exact_duplicates": copies, **split.leak_report(split_of, labels, groups)}
     crossing = sum(leaks["groups_crossing"].values())
     if crossing:
         warnings.append(f"{crossing} groups of near-duplicates lie on both sides of a split that was given")
     report("data           training the tokenizer and tokenising")
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
     (temporary / "tokenizer").mkdir(parents=True)
     train_texts = (tickets.texts[index] for index in np.flatnonzero(split_of == split.TRAIN))
     tokenizer = make_tokenizer(config, train_texts, temporary / "tokenizer")

@@ -140,8 +140,8 @@ def drop_later_copies(split_of: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return result
 
 
-def leak_report(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, exact: np.ndarray) -> dict[str, Any]:
-    """Counts of duplicates, and of those that still lie on both sides of a cut."""
+def leak_report(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
+    """Counts of near-duplicates, and of those that still lie on both sides of a cut."""
     kept = split_of != DROPPED
     _, inverse, counts = np.unique(groups[kept], return_inverse=True, return_counts=True)
     in_group = counts[inverse] > 1
@@ -152,7 +152,6 @@ def leak_report(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, ex
     pairs = np.unique(np.stack([groups[kept], labels[kept].astype(np.int64)]), axis=1)
     _, labels_in_group = np.unique(pairs[0], return_counts=True)
     return {
-        "exact_duplicates": int(len(exact) - len(np.unique(exact))),
         "near_duplicate_groups": int((counts > 1).sum()),
         "near_duplicate_rows": int(in_group.sum()),
         "largest_group": int(counts.max(initial=0)),

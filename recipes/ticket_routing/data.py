@@ -284,8 +284,7 @@ def _validate(tickets: Tickets, data: DataConfig) -> list[str]:
     alone = sorted(label for label, count in counts.items() if count == 1)
     if alone:
         raise DataError(
-            f"{'1 class has' if len(alone) == 1 else f'{len(alone)} classes have'} one row only, which cannot be split: "
-            f"{', '.join(map(repr, alone[:10]))}"
+            f"a class with one row only cannot be split: {', '.join(map(repr, alone[:10]))}"
             f"{' …' if len(alone) > 10 else ''}.\nMerge them, or leave them out with data.drop_labels_below=2."
         )
     return warnings

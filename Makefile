@@ -1,6 +1,6 @@
 # make demo | test | check — each does its own set-up in .venv. pip's own environment variables are honoured.
 PYTHON ?= python3
-# Which torch: a pip requirement, or `site` to keep the one that is installed beside this Python.
+# Which torch: a pip requirement, or `site` to keep the one that $(PYTHON) imports.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,12 +11,15 @@ STAMP := $(VENV)/.ready
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-ifeq ($(TORCH),site)
-	$(PYTHON) -m venv --system-site-packages $(VENV)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-else
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+		f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make ... PYTHON=/path/of/a/newer/python3")'
 	$(PYTHON) -m venv $(VENV)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+ifeq ($(TORCH),site)
+	# The site's packages come behind our own on the path.
+	$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' > $(VENV)/site.pth
+	mv $(VENV)/site.pth "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/"
+else
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt "$(TORCH)"
 endif
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev]"

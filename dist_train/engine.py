@@ -43,6 +43,8 @@ class Engine:
         self.world_size = self.accelerator.num_processes
         self.device = self.accelerator.device
         self.scaler: torch.amp.GradScaler | None = self.accelerator.scaler
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
 
     def prepare(self, model: nn.Module) -> None:
         """Move and wrap the model. `self.module` is the bare one: its names do not depend on the wrapper."""

@@ -20,6 +20,7 @@ from dist_train.plan import make_plan
 from dist_train.recipe import list_recipes, load_recipe
 from dist_train.resume import build_training
 from dist_train.rundir import RunDir
+from dist_train.stop import StopFlag
 from recipes.ticket_routing.data import prepare
 from recipes.ticket_routing.model import TicketClassifier
 from recipes.ticket_routing.task import TicketTask
@@ -185,6 +186,6 @@ def _take_steps(name: str, settings: list[str], path: Path) -> None:
     run.logs.mkdir(parents=True)
     rows = len(task.rows("train").ids)
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), rows, 1)
-    training = build_training(run, config, plan, task, 1, {})
+    training = build_training(run, config, plan, task, 1, {}, StopFlag())
     assert isinstance(training.engine.module, TicketClassifier)
     train(training)

@@ -103,6 +103,14 @@ def load_run_config(run: RunDir) -> RunConfig:
     return load(str(run.config), site=False).config
 
 
+def recorded_sources(run: RunDir) -> dict[str, str]:
+    """Where each value in a run's config.yaml was set, from the remarks that `dump` wrote behind them."""
+    lines = run.config.read_text().splitlines()
+    places = load(str(run.config), site=False).sources
+    remarks = {key: lines[int(place.rpartition(":")[2]) - 1].rpartition("  # ") for key, place in places.items()}
+    return {key: remark for key, (_, mark, remark) in remarks.items() if mark}
+
+
 def resume_overrides(config: RunConfig, overrides: Many[str]) -> RunConfig:
     """`config` with changes that a resumed run may have. ConfigError for a key that defines the result."""
     model = type(config)

@@ -9,8 +9,9 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,27 @@ class RunDir:
     def prediction_file(self, split: str) -> Path:
         return self.predictions / f"{split}.parquet"
 
-    def create(self) -> None:
-        """Make the directory. BusyError when the name exists, StorageError when the place cannot be written."""
+    def create(self, files: Mapping[str, str] | None = None) -> None:
+        """Make the directory with these files (name: text) in it, whole or not at all, so that whatever kills us leaves
+        either a run that can be resumed or a free name.
+
+        BusyError when the name exists, StorageError when the place cannot be written.
+        """
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir()
-            self.logs.mkdir()
-        except FileExistsError as error:
-            if not self.path.parent.is_dir():
-                raise unwritable(self.path, error) from error
-            raise name_taken(self.path) from error
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / self.logs.name).mkdir(parents=True)
+            for name, text in (files or {}).items():
+                write_atomic(temporary / name, text)
+            os.rename(temporary, self.path)
+            fsync_folder(self.path.parent)
         except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and self.path.parent.is_dir():
+                raise name_taken(self.path) from error
             raise unwritable(self.path, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -158,7 +168,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_atomic(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def fsync_folder(path: Path) -> None:

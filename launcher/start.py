@@ -22,7 +22,7 @@ from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import Recipe, load_recipe
-from dist_train.rundir import RunDir, default_run_name, write_atomic, write_json
+from dist_train.rundir import RunDir, default_run_name, json_text, write_atomic, write_json
 from dist_train.stop import StopFlag
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
 from launcher.preflight import check_can_start, check_gpus, check_imports, check_metric, check_one_rank, check_output
@@ -48,11 +48,14 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
     _check_start(plan, hardware, debug)
-    directory.create()
+    directory.create(
+        {
+            directory.config.name: config_io.dump(config, loaded.sources, directory.name),
+            directory.data_facts.name: json_text(facts),
+            directory.environment.name: json_text(_environment(config, hardware)),
+        }
+    )
     with directory.locked():
-        write_atomic(directory.config, config_io.dump(config, loaded.sources, directory.name))
-        write_json(directory.data_facts, facts)
-        write_json(directory.environment, _environment(config, hardware))
         _attempt(directory, config, plan, hardware, debug)
     return directory
 
@@ -70,7 +73,10 @@ def resume(path: str, overrides: list[str], accept: list[str], debug: bool = Fal
         plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
         _check_start(plan, hardware, debug)
         if overrides:
-            write_atomic(directory.config, config_io.dump(config, {}, directory.name))
+            sources = config_io.recorded_sources(directory)
+            given = [text.partition("=")[0] for text in overrides]
+            sources |= dict.fromkeys(given, "command line, on resume")
+            write_atomic(directory.config, config_io.dump(config, sources, directory.name))
         write_json(directory.data_facts, facts)
         _attempt(directory, config, plan, hardware, debug, tuple(f"--accept={word}" for word in accept))
     return directory

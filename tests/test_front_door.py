@@ -222,6 +222,9 @@ def test_a_config_that_was_edited_between_attempts_needs_a_word_to_go_on(desk: P
     resumed = dist_train(["resume", f"runs/{run.name}", "train.stop_after_steps=4", "--accept", "config"], desk)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "resumed at step 2" in resumed.stdout
+    text = (run / "config.yaml").read_text()
+    assert re.search(r"global_batch_size: 15  # command line\n", text), "where a value was set is kept over a resume"
+    assert re.search(r"stop_after_steps: 4  # command line, on resume\n", text)
 
 
 def test_a_stopped_rank_is_named_and_nothing_is_left_behind(desk: Path) -> None:

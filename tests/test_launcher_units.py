@@ -164,6 +164,22 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_a_run_directory_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "mine")
+    with pytest.raises(UnicodeEncodeError):
+        run.create({"config.yaml": "seed: 1\n", "data.json": "\ud800"})
+    assert list(run.path.parent.iterdir()) == []
+    run.create({"config.yaml": "seed: 1\n"})
+    assert run.config.read_text() == "seed: 1\n"
+    with pytest.raises(BusyError, match="exists already"):
+        run.create({"config.yaml": "seed: 2\n"})
+    assert run.config.read_text() == "seed: 1\n"
+    (run.path.parent / "file").write_text("kept")
+    with pytest.raises(BusyError, match="exists already"):
+        RunDir(run.path.parent / "file").create()
+    assert sorted(path.name for path in run.path.parent.iterdir()) == ["file", "mine"]
+
+
 def test_a_directory_that_a_live_process_holds_is_seen_and_refused(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     code = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -64,8 +65,8 @@ class DataConfig(Section):
     """Size of the BPE vocabulary that is trained on the training split."""
     tokenizer: str | None = path_field(None)
     """Folder or hub name of a ready tokenizer; null trains one (or takes that of `model.pretrained`)."""
-    cache_dir: Path = path_field(Path("~/.cache/dist-train"))
-    """Folder of the prepared data, keyed by content."""
+    cache_dir: Path = path_field(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dist-train")
+    """Folder of the prepared data, keyed by content; by default below XDG_CACHE_HOME, else ~/.cache."""
 
     @model_validator(mode="after")
     def _shares_leave_training_rows(self) -> Self:

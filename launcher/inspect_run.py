@@ -9,7 +9,7 @@ from dist_train.recipe import load_recipe
 from dist_train.report import build_report
 from dist_train.rundir import RunDir
 from launcher.preflight import check_gpus, check_imports
-from launcher.start import prepare_data, print_plan
+from launcher.start import kept_data, prepare_data, print_plan
 
 
 def show_plan(recipe_name: str, overrides: list[str]) -> None:
@@ -30,5 +30,7 @@ def rebuild_report(path: str) -> RunDir:
     run = RunDir.existing(path)
     with run.locked():
         config = config_io.load_run_config(run)
-        build_report(run, load_recipe(config.recipe), config, print)
+        recipe = load_recipe(config.recipe)
+        kept_data(run, config, recipe)
+        build_report(run, recipe, config, print)
     return run

@@ -90,10 +90,11 @@ def evaluate(path: str, checkpoint: str) -> RunDir:
     with directory.locked():
         config = config_io.load_run_config(directory)
         hardware = detect_hardware()
-        facts = json.loads(directory.data_facts.read_text())
+        facts = kept_data(directory, config, load_recipe(config.recipe))
         plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
         _check_start(plan, hardware, debug=False)
-        _attempt(directory, config, plan, hardware, False, (f"--evaluate={checkpoint}",))
+        # Newer code may evaluate an older run; it only may not go on training it without a word.
+        _attempt(directory, config, plan, hardware, False, (f"--evaluate={checkpoint}", "--accept=code"))
     return directory
 
 
@@ -108,6 +109,15 @@ def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the prepared data, with the folder that holds it."""
     folder = recipe.data.prepare(config, lambda text: print(text, flush=True))
     return {**recipe.data.load_facts(folder), "folder": str(folder)}
+
+
+def kept_data(directory: RunDir, config: RunConfig, recipe: Recipe) -> dict[str, Any]:
+    """The facts of the data that the run was trained on; prepared again where the cache was cleared."""
+    recorded: dict[str, Any] = json.loads(directory.data_facts.read_text())
+    if not recipe.data.is_whole(Path(recorded["folder"])):
+        recorded = _same_data(directory, config, recipe, [])
+        write_json(directory.data_facts, recorded)
+    return recorded
 
 
 def _same_data(directory: RunDir, config: RunConfig, recipe: Recipe, accept: list[str]) -> dict[str, Any]:

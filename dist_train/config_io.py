@@ -187,8 +187,13 @@ def _with_extended(file: Path) -> list[tuple[Path, Table]]:
         base = _text_of(table, "extends")
         if base is None:
             return chain
-        is_file = base.endswith((".yaml", ".yml"))
-        file = file.parent / Path(base).expanduser() if is_file else resolve_recipe_file(base)
+        if base.endswith((".yaml", ".yml")):
+            file = file.parent / Path(base).expanduser()
+            continue
+        try:
+            file = resolve_recipe_file(base)
+        except ConfigError as error:
+            raise ConfigError(f"{_shown(file)}: extends: {error}") from error
 
 
 def _text_of(table: Table, key: str) -> str | None:
@@ -223,8 +228,10 @@ def _unknown(name: str, model: type[RunConfig]) -> str:
     near = nearest_keys(name, [*keys_of(model), *sections]) or _described_as(name, model)
     if near:
         return f"{name} is no known key. Did you mean {' or '.join(near)}?"
+    if group and group not in sections_of(model):
+        return f"{name} is no known key. Known groups: {', '.join(sections_of(model))}."
     known = ", ".join(key.rpartition(".")[2] for key in keys_of(model) if key.rpartition(".")[0] == group)
-    return f"{name} is no known key." + (f" Known in {group or 'the top level'}: {known}." if known else "")
+    return f"{name} is no known key. Known in {group or 'the top level'}: {known}."
 
 
 def _described_as(name: str, model: type[RunConfig]) -> list[str]:

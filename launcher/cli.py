@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from dist_train import __version__
 from dist_train.errors import ToolkitError
 from launcher import complete
+from launcher.output import make_output_steady
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -150,6 +150,7 @@ def _all_settings(settings: tuple[str, ...], flags: dict[str, Any], debug: bool 
 
 def main() -> None:
     """Run the command line; a failure becomes one clear block and its exit code."""
+    make_output_steady()
     try:
         cli.main(prog_name="dist-train", standalone_mode=False)
     except click.ClickException as error:
@@ -158,10 +159,6 @@ def main() -> None:
     except ToolkitError as error:
         print(f"\n{error.title}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. The interpreter flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
         print("\nstopped; nothing was started.", file=sys.stderr)
         sys.exit(130)

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,7 +92,7 @@ class Supervisor:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        _show(watch)
+        watch()
         self._raise_cause(child.returncode)
 
     def _wait(self, child: subprocess.Popen[bytes], watch: Callable[[], None]) -> None:
@@ -103,7 +102,7 @@ class Supervisor:
             if self.asked_to_stop > forwarded:
                 forwarded = self.asked_to_stop
                 if forwarded == 1:
-                    _show(lambda: print("stopping: the step under way is ended and saved; once more to end at once."))
+                    print("stopping: the step under way is ended and saved; once more to end at once.", flush=True)
                 self._tell_ranks(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
                 if forwarded > 1 or not self._ranks.pids:
                     return
@@ -111,7 +110,7 @@ class Supervisor:
                 self._died_at = time.monotonic()
             if self._died_at is not None and time.monotonic() - self._died_at > _GRACE_S:
                 return
-            _show(watch)
+            watch()
             time.sleep(_POLL_S)
         self._look()
 
@@ -186,19 +185,6 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(CrashError.exit_code)  # we died before the kernel was told
-
-
-def _show(action: Callable[[], None]) -> None:
-    """A terminal that was closed, or a pipe that nobody reads any more, is no reason to stop a training."""
-    try:
-        action()
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
-            raise
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.dup2(null, sys.stderr.fileno())
 
 
 def _stopped(message: str) -> ToolkitError:

@@ -35,15 +35,15 @@ class Follower:
 class Watch:
     """Called often while the ranks run; prints what is new."""
 
-    def __init__(self, run: RunDir, plan: LaunchPlan, last_step: int, stream: IO[str] = sys.stdout) -> None:
+    def __init__(self, run: RunDir, plan: LaunchPlan, last_step: int, stream: IO[str] | None = None) -> None:
         self._metrics = Follower(run.metrics, from_end=True)
         self._events = Follower(run.events, from_end=True)
         self._last_step = last_step
         self._plan = plan
-        self._stream = stream
+        self._stream = stream or sys.stdout
         self._bar: Any = None
         self._shown_at = 0.0
-        if stream.isatty():
+        if self._stream.isatty():
             self._bar = _make_bar(last_step)
 
     def __call__(self) -> None:

@@ -45,6 +45,8 @@ def _refused(recipe: str, *overrides: str, kind: type[ToolkitError] = ConfigErro
         ("optim:\n  epochs: 3\n", ["mine.yaml:3: optim.epochs", "Did you mean train.epochs"]),
         ("optim:\n  learning_rate: 3\n", ["mine.yaml:3: optim.learning_rate", "Did you mean optim.lr"]),
         ("optim:\n  zzz: 3\n", ["optim.zzz is no known key", "Known in optim: name, lr"]),
+        ("zzz:\n  zzz: 3\n", ["mine.yaml:2: zzz is no known key", "Known in the top level: recipe"]),
+        ("data:\n  text_columns: []\n", ["mine.yaml:3: data.text_columns is []", "at least 1 long"]),
         ("train: 3\n", ["mine.yaml:2: train is 3, but holds a group of keys"]),
         ("train:\n  steps: 1.5\n", ["mine.yaml:3: train.steps is 1.5, but a whole number"]),
         ("train:\n  steps: '8'\n", ["leave out the quotes"]),
@@ -97,6 +99,12 @@ def test_an_unknown_recipe_is_answered_with_the_nearest_one() -> None:
 def test_more_than_plain_data_is_refused_as_unsafe(text: str, word: str) -> None:
     assert word in _refused(_write("mine.yaml", text), kind=UnsafeInputError)
     assert UnsafeInputError.exit_code == 4
+
+
+def test_an_unknown_name_to_build_on_is_told_with_its_file() -> None:
+    message = _refused(_write("mine.yaml", "extends: ticket_ruting\n"))
+    assert message.startswith("mine.yaml: extends: there is no recipe 'ticket_ruting'. Did you mean ticket_routing?")
+    assert "zzz.yyy is no known key. Known groups: data, " in _refused("ticket_routing", "zzz.yyy=3")
 
 
 def test_a_file_that_is_not_utf8_is_named_with_its_line() -> None:

@@ -6,8 +6,11 @@ import base64
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import xml.dom.minidom
 from pathlib import Path
@@ -17,6 +20,7 @@ import pytest
 from tests.front_door import (
     alive,
     dist_train,
+    environment,
     final_shards,
     lines,
     losses,
@@ -210,6 +214,22 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_report(desk: Pa
     assert process.wait(timeout=120) == 0
     _assert_same_result(run, desk / "runs" / "whole2")
     assert (run / "report.html").is_file()
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">&- 2>&-", ">/dev/full", "| true"])
+def test_output_that_cannot_be_written_stops_nothing(desk: Path, redirect: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m launcher runs {redirect}"
+    repository = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=desk,
+        env=environment(desk, PYTHONPATH=repository),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("no more output can be written" in done.stderr) == (redirect == ">/dev/full")
 
 
 def test_a_config_that_was_edited_between_attempts_needs_a_word_to_go_on(desk: Path) -> None:

@@ -24,6 +24,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {
         "empty.csv": "",
         "header.csv": "text,queue\n",
+        "blank.csv": "text,queue\n" + " ,hardware\n\t,network\n" * 10,
         "alone.csv": ROWS + "a single ticket,legal\n",
         "one_class.csv": ROWS.replace(",network", ",hardware"),
         "mine.yaml": "extends: ticket_routing\ntrain:\n  global_batch_size: sixty\noptim:\n  learning_rate: 1e-3\n",
@@ -34,6 +35,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.csv").write_text(good + "what does the law say,legal\nis this legal at all,legal\n")
     broken = b'text,queue\n"two\nlines",network\n' + b"caf\xe9 is closed,hardware\n"
     (folder / "latin.csv").write_bytes(broken)
+    (folder / "utf16.csv").write_text(ROWS, encoding="utf-16")
     (folder / "latin.csv.gz").write_bytes(gzip.compress(broken))
     (folder / "a_file").write_text("kept")
     (folder / "runs" / "taken").mkdir(parents=True)
@@ -62,6 +64,8 @@ CASES = [
     (["ticket_routing", *GOOD, "data.label_column=queu"], 3, ["queu", "text, queue", "data.label_column"]),
     (["ticket_routing", *GOOD, "data.path=latin.csv"], 3, ["latin.csv", "record 2", "line 4", "0xe9", "iconv"]),
     (["ticket_routing", *GOOD, "data.path=latin.csv.gz"], 3, ["latin.csv.gz", "record 2", "line 4"]),
+    (["ticket_routing", *GOOD, "data.path=utf16.csv"], 3, ["utf16.csv", "0xff", "iconv -f utf-16"]),
+    (["ticket_routing", *GOOD, "data.path=blank.csv"], 3, ["all 20 rows are without text", "data.text_columns"]),
     (["ticket_routing", *GOOD, "data.path=alone.csv"], 3, ["legal", "one row", "data.drop_labels_below"]),
     (["ticket_routing", *GOOD, "data.path=one_class.csv"], 3, ["hardware", "two classes"]),
     (["ticket_routing", *GOOD, "data.test_path=test.csv"], 3, ["test split", "legal"]),

@@ -129,6 +129,15 @@ def test_thousands_of_tickets_from_one_template_are_one_group_at_once() -> None:
     assert len(set(groups)) == 1
 
 
+def test_classes_that_differ_in_case_alone_are_warned_of(tmp_path: Path) -> None:
+    rows = [
+        {**row, "queue": row["queue"].upper() if index % 9 == 0 else row["queue"]}
+        for index, row in enumerate(_tickets(90))
+    ]
+    warnings = load_facts(_prepare(_write(tmp_path / "t.csv", rows), tmp_path))["warnings"]
+    assert warnings == ["classes that differ in case alone count as different: 'A', 'B', 'a', 'b'"]
+
+
 def test_one_very_long_ticket_costs_no_memory_for_each_of_the_others(tmp_path: Path) -> None:
     rows = [*_tickets(300), {"text": "endless " * 100_000, "queue": "a"}]
     path = _write(tmp_path / "t.csv", rows)

@@ -39,7 +39,7 @@ class DataConfig(Section):
     """Number of tickets that `synthetic` generates."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """What `synthetic` generates."""
-    text_columns: list[str] = ["text"]
+    text_columns: Annotated[list[str], Field(min_length=1)] = ["text"]
     """Columns joined into the ticket's text, in this order (for example subject and body)."""
     label_column: str = "label"
     """Column that holds the queue."""

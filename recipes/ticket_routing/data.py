@@ -5,6 +5,7 @@ A prepared folder holds facts.json, train.arrow, validation.arrow, test.arrow an
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -267,9 +268,7 @@ def _validate(tickets: Tickets, data: DataConfig) -> list[str]:
     warnings = []
     if tickets.empty_texts:
         warnings.append(f"{tickets.empty_texts} rows without text were left out")
-    counts: dict[str, int] = {}
-    for label in tickets.labels:
-        counts[label] = counts.get(label, 0) + 1
+    counts: dict[str, int] = collections.Counter(tickets.labels)
     rare = {label: count for label, count in counts.items() if count < (data.drop_labels_below or 0)}
     if rare:
         kept = [index for index, label in enumerate(tickets.labels) if label not in rare]
@@ -279,8 +278,17 @@ def _validate(tickets: Tickets, data: DataConfig) -> list[str]:
         warnings.append(f"data.drop_labels_below left out {sum(rare.values())} rows of: {', '.join(sorted(rare))}")
     counts = {label: count for label, count in counts.items() if label not in rare}
     if len(counts) < 2:
+        if not counts and tickets.empty_texts:
+            raise DataError(
+                f"all {tickets.empty_texts} rows are without text in {', '.join(data.text_columns)}: "
+                "change data.text_columns."
+            )
         what = f"all rows have the class {next(iter(counts))!r}" if counts else "no row is left"
         raise DataError(f"{what} in {data.label_column!r}: at least two classes are needed. Change data.label_column.")
+    folded = collections.Counter(label.casefold() for label in counts)
+    alike = sorted(label for label in counts if folded[label.casefold()] > 1)
+    if alike:
+        warnings.append(f"classes that differ in case alone count as different: {', '.join(map(repr, alike[:10]))}")
     alone = sorted(label for label, count in counts.items() if count == 1)
     if alone:
         raise DataError(

@@ -41,7 +41,7 @@ def expand_files(paths: str | Sequence[str], key: str) -> list[Path]:
 
 def _check_file(file: Path, key: str) -> None:
     if not file.exists():
-        near = difflib.get_close_matches(file.name, [p.name for p in _siblings(file)], n=1)
+        near = difflib.get_close_matches(file.name, [p.name for p in _siblings(file) if p.exists()], n=1)
         hint = f" Did you mean {file.parent / near[0]}?" if near else ""
         raise DataError(f"{key} is {file}, but there is no such file.{hint}")
     if file.is_dir():
@@ -207,10 +207,12 @@ def _bad_utf8(file: Path, kind: str) -> DataError:
             # The sign stands for the bad byte, which may be the first of its record.
             before = io.StringIO(data[: error.start].decode("utf-8") + "?", newline="")
             record = max(0, sum(1 for row in csv.reader(before, delimiter="\t" if kind == "tsv" else ",") if row) - 1)
+        # Windows' "Unicode" begins with these bytes; the usual other encoding is Latin-1.
+        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         where = f"record {record}" if kind != "jsonl" else f"record {line}"
         return DataError(
             f"{file}: {where}, line {line}: byte 0x{data[error.start]:02x} is no valid UTF-8.\n"
-            f"If the file is in another encoding, convert it: iconv -f latin1 -t utf-8 {file.name}"
+            f"If the file is in another encoding, convert it: iconv -f {encoding} -t utf-8 {file.name}"
         )
     raise AssertionError("called for a file that is UTF-8")
 

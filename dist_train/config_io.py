@@ -29,7 +29,6 @@ from dist_train.yaml_data import Node, Scalar, Table, parse, read_file
 
 # What may change on resume: it says where and how a run trains, not what comes out of it.
 RESUMABLE = (
-    "output_dir",
     "parallel.*",
     "checkpoint.*",
     "track.*",
@@ -121,8 +120,8 @@ def resume_overrides(config: RunConfig, overrides: Many[str]) -> RunConfig:
     for name in given:
         if not _is_resumable(name):
             problems.append(
-                f"{name} cannot change on resume: it defines the result. These can: {', '.join(RESUMABLE)}.\n"
-                "  To train with another value start a new run."
+                f"{name} cannot change on resume: it defines the run or its result. These can: "
+                f"{', '.join(RESUMABLE)}.\n  To train with another value start a new run."
             )
     for name, value in flatten(config).items():
         if name not in given and value is not None:
@@ -136,7 +135,7 @@ def result_fingerprint(config: RunConfig) -> str:
         name: value
         for name, value in flatten(config).items()
         # A key that a later version adds, off by default, changes nothing.
-        if value is not None and name != "name" and not _is_resumable(name)
+        if value is not None and name not in ("name", "output_dir") and not _is_resumable(name)
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -159,7 +158,7 @@ def flatten(config: Section, prefix: str = "") -> dict[str, Any]:
 
 def dump(config: RunConfig, sources: Mapping[str, str], name: str) -> str:
     """The resolved config as a recipe file. The name is a comment only, so that running it makes a run of its own."""
-    lines = [f"# name: {name}", f"# repeat: dist-train run {name}/config.yaml"]
+    lines = [f"# name: {name}"]
     _dump_section(config, sources, "", lines)
     return "\n".join(lines) + "\n"
 

@@ -25,31 +25,35 @@ from dist_train.rundir import fsync_folder, storage_error, write_json
 
 
 def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
-    """Evaluate checkpoint `which` ("best", "last" or a step) on all ranks; rank 0 exports and reports."""
+    """Evaluate checkpoint `which` ("best", "last" or a step) on all ranks; rank 0 exports and reports.
+
+    best/ and the run's own report are of the best checkpoint; those of another lie apart.
+    """
     run, engine, task, config = training.run, training.engine, training.task, training.config
     step = _load_checkpoint(training, which)
+    is_best = step == _best_step(training)
+    results = run if is_best else run.evaluation(step)
     for split in SPLITS:
         _say(training, f"evaluating step {step} on the {split} split")
         outputs = evaluate(engine, task, task.rows(split), config.eval.batch_size)
         if engine.rank == 0:
-            write_table(run.prediction_file(split), task.predictions(split, outputs))
-    if engine.rank == 0:
+            write_table(results.prediction_file(split), task.predictions(split, outputs))
+    if engine.rank == 0 and is_best:
         _export(training, step)
     # The other ranks are done: what follows needs no collective, and may take longer than one may wait for.
     if engine.rank == 0:
         if training.stop:
             raise Preempted(f"stopped before the report was written; go on with: dist-train report {run.path}")
-        report = build_report(run, recipe, config, lambda text: _say(training, text))
-        if training.tracker is not None:
+        report = build_report(run, recipe, config, lambda text: _say(training, text), results)
+        log_event(run.events, "reported", step=step, folder=str(results.path))
+        if training.tracker is not None and is_best:
             training.tracker.finish(report)
 
 
 def _load_checkpoint(training: Training, which: str) -> int:
     """Put the weights of the checkpoint into the module. Returns its step."""
     run, state = training.run, training.state
-    # Before the first evaluation of a staged run the newest weights are the best known.
-    best = state.step if state.best_step is None else state.best_step
-    steps = {"best": best, "last": state.step}
+    steps = {"best": _best_step(training), "last": state.step}
     step = steps[which] if which in steps else int(which)
     folder = checkpoint_files.step_folder(run.checkpoints, step)
     try:
@@ -64,11 +68,17 @@ def _load_checkpoint(training: Training, which: str) -> int:
     return step
 
 
+def _best_step(training: Training) -> int:
+    """Before the first evaluation of a staged run the newest weights are the best known."""
+    state = training.state
+    return state.step if state.best_step is None else state.best_step
+
+
 def write_table(path: Path, table: Any) -> None:
     """A Parquet file that is whole or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary)
         os.replace(temporary, path)
     except OSError as error:

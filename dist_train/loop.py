@@ -229,6 +229,9 @@ def _evaluate(training: Training) -> bool:
     patience = config.eval.patience
     state.stopped_early = patience is not None and state.evaluations_without_gain >= patience
     if training.tracker is not None:
+        if state.stopped_early:
+            text = f"stopping early: {patience} evaluations without a better {name} (eval.patience)"
+            log_event(training.run.events, "progress", message=text)
         training.tracker.log("validation", state.step, state.samples, metrics)
         log_event(training.run.events, "evaluated", step=state.step, metric=name, value=value, improved=improved)
     return improved

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_train import plots
@@ -16,7 +16,7 @@ from dist_train.errors import DataError
 from dist_train.events import read_lines
 from dist_train.metrics import bootstrap_weights, interval
 from dist_train.recipe import Recipe
-from dist_train.rundir import RunDir, write_atomic, write_json
+from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 
 SPLITS = ("validation", "test")
 # Apart from the run's seed: the same predictions have the same intervals, whoever trained them.
@@ -26,17 +26,21 @@ _TEMPLATES = Path(__file__).parent / "templates"
 Interval = dict[str, float | None]
 
 
-def build_report(run: RunDir, recipe: Recipe, config: RunConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train the baselines if need be, measure all, and write the three files. Returns what report.json holds."""
+def build_report(
+    run: RunDir, recipe: Recipe, config: RunConfig, say: Callable[[str], None], results: RunDir | None = None
+) -> dict[str, Any]:
+    """Train the baselines if need be, measure all, and write the three files. Returns what report.json holds.
+
+    results: where predictions lie and the files go, if not in the run itself (a checkpoint that is not the best one).
+    """
+    results = results or run
     score = recipe.score
-    facts = json.loads(run.data_facts.read_text())
+    facts = read_json(run.data_facts)
     baselines = score.baselines(Path(facts["folder"]), say)
     say(f"writing the report ({config.eval.bootstrap_samples} bootstrap samples a split)")
     measures, measured = {}, {}
     for split in SPLITS:
-        if not run.prediction_file(split).is_file():
-            raise DataError(f"{run.prediction_file(split)} is missing: evaluate first with dist-train eval {run.path}")
-        tables = {"model": pq.read_table(run.prediction_file(split))}
+        tables = {"model": _read_predictions(run, results.prediction_file(split))}
         tables |= {name: tables_of[split] for name, tables_of in baselines.items()}
         for name, table in tables.items():
             if not table["row"].equals(tables["model"]["row"]):
@@ -45,7 +49,7 @@ def build_report(run: RunDir, recipe: Recipe, config: RunConfig, say: Callable[[
         measured[split] = measure_models(measures[split], config.eval.bootstrap_samples, score.COMPARED)
     lines = _last_attempts(run)
     report = {
-        "run": run.name,
+        "run": run.name if results is run else f"{run.name}, {results.name}",
         "recipe": config.recipe,
         "headline": list(score.HEADLINE),
         "metrics": {split: measured[split]["metrics"]["model"] for split in SPLITS},
@@ -58,17 +62,25 @@ def build_report(run: RunDir, recipe: Recipe, config: RunConfig, say: Callable[[
         "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of rows; differences are paired",
         "data": facts,
         "training": _training(run, lines),
-        "plan": json.loads(run.plan.read_text()),
-        "environment": json.loads(run.environment.read_text()),
+        "plan": read_json(run.plan),
+        "environment": read_json(run.environment),
         "repeat": [f"dist-train run {run.path}/config.yaml", f"dist-train report {run.path}"],
     }
     figures = [plots.curves(lines, config.eval.metric or score.METRIC, report["training"]["best_step"])]
     figures += score.figures(measures["test"], report["classes"]["test"])
-    write_json(run.report_json, report)
+    write_json(results.report_json, report)
     context = {"report": report, "table": summary_table(report), "config": run.config.read_text()}
-    write_atomic(run.report_md, _render("report.md.j2", context))
-    write_atomic(run.report_html, _render("report.html.j2", {**context, "figures": figures}))
+    write_atomic(results.report_md, _render("report.md.j2", context))
+    write_atomic(results.report_html, _render("report.html.j2", {**context, "figures": figures}))
     return report
+
+
+def _read_predictions(run: RunDir, path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise DataError(f"{path} {what}: evaluate again with dist-train eval {run.path}") from error
 
 
 def summary_table(report: Mapping[str, Any]) -> list[list[str]]:

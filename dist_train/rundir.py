@@ -53,6 +53,10 @@ class RunDir:
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank{rank}.log"
 
+    def evaluation(self, step: int) -> RunDir:
+        """Where predictions and report of a checkpoint lie that is not the best one."""
+        return RunDir(self.path / "evaluations" / f"step-{step:08d}")
+
     def prediction_file(self, split: str) -> Path:
         return self.predictions / f"{split}.parquet"
 
@@ -75,6 +79,10 @@ class RunDir:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and self.path.parent.is_dir():
                 raise name_taken(self.path) from error
             raise unwritable(self.path, error) from error
+        except StorageError as error:
+            if isinstance(error.__cause__, OSError):
+                raise unwritable(self.path, error.__cause__) from error
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -137,13 +145,11 @@ def name_taken(path: Path) -> BusyError:
     )
 
 
-def unwritable(path: Path, error: OSError) -> StorageError:
-    """The StorageError for an output folder that cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return storage_error(path, error)
+def unwritable(path: Path, error: OSError, key: str = "output_dir") -> StorageError:
+    """The StorageError for a folder that cannot be written, before there is a run to go on with."""
     return StorageError(
-        f"{path} cannot be written: {error.strerror or error}.\n"
-        "Choose a writable folder with output_dir=... (the site file can set it once for all runs)."
+        f"{path} cannot be written: {_cause(error)}.\n"
+        f"Choose another folder with {key}=... (the site file can set it once for all runs)."
     )
 
 
@@ -171,6 +177,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json_text(value))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. StorageError when the file is missing or damaged."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} is missing or damaged: {error}. The run cannot be used without it.") from error
+    return value
+
+
 def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
@@ -186,10 +201,11 @@ def fsync_folder(path: Path) -> None:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The StorageError for a write to `path` that failed with `error`."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = "the disk is full" if full else (error.strerror or str(error))
     return StorageError(
-        f"{path} could not be written: {what}.\n"
-        + ("Free some space" if full else "Mend that")
-        + f", then go on with `dist-train resume`. What was committed before is kept. Device: {path.parent}"
+        f"{path} could not be written: {_cause(error)}.\n"
+        f"Mend that, then go on with `dist-train resume`. What was committed before is kept. Device: {path.parent}"
     )
+
+
+def _cause(error: OSError) -> str:
+    return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)

@@ -19,7 +19,7 @@ def accelerate_config(plan: LaunchPlan) -> dict[str, Any]:
     return {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
-        "distributed_type": "MULTI_GPU" if plan.world_size > 1 else "NO",
+        "distributed_type": ("MULTI_GPU" if plan.device == "cuda" else "MULTI_CPU") if plan.world_size > 1 else "NO",
         "downcast_bf16": "no",
         "enable_cpu_affinity": False,
         "gpu_ids": "all",  # CUDA_VISIBLE_DEVICES of worker_environment has chosen already
@@ -32,7 +32,7 @@ def accelerate_config(plan: LaunchPlan) -> dict[str, Any]:
         "num_processes": plan.world_size,
         "rdzv_backend": "static",
         "same_network": True,
-        "use_cpu": False,
+        "use_cpu": plan.device == "cpu",
     }
 
 

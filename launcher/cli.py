@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import click
@@ -78,11 +80,14 @@ def plan(recipe: str, settings: tuple[str, ...], **flags: Any) -> None:
 @click.argument("run_dir", shell_complete=complete.runs)
 @click.option("--checkpoint", default="best", show_default=True, help="best, last, or a step.")
 def eval_command(run_dir: str, checkpoint: str) -> None:
-    """Evaluate a checkpoint of RUN_DIR on validation and test, and write predictions and report anew."""
+    """Evaluate a checkpoint of RUN_DIR on validation and test, and write predictions and report anew.
+
+    Those of the best checkpoint are the run's own; those of another go to RUN_DIR/evaluations/ and touch nothing else.
+    """
     from launcher import start
     from launcher.summary import print_summary
 
-    print_summary(start.evaluate(run_dir, checkpoint))
+    print_summary(*start.evaluate(run_dir, checkpoint))
 
 
 @cli.command(short_help="Write a run's report again.")
@@ -121,7 +126,7 @@ def doctor() -> None:
 
 
 @cli.command(short_help="List the shipped recipes, or a recipe's keys.")
-@click.option("--keys", "keys_of", metavar="RECIPE", help="Print every key of this recipe with its default.")
+@click.option("--keys", "keys_of", metavar="RECIPE", help="Print every key of this recipe with its value.")
 @click.option("--schema", "schema_of", metavar="RECIPE", help="Print the JSON Schema of its files, for editors.")
 def recipes(keys_of: str | None, schema_of: str | None) -> None:
     """List the shipped recipes with what each is for."""
@@ -148,9 +153,14 @@ def _all_settings(settings: tuple[str, ...], flags: dict[str, Any], debug: bool 
     return [*(["parallel.processes_per_node=1"] if debug else []), *settings, *short]
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; a failure becomes one clear block and its exit code."""
     make_output_steady()
+    signal.signal(signal.SIGTERM, _interrupt)  # like Ctrl-C, until the ranks run
     try:
         cli.main(prog_name="dist-train", standalone_mode=False)
     except click.ClickException as error:
@@ -160,7 +170,7 @@ def main() -> None:
         print(f"\n{error.title}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("\nstopped; nothing was started.", file=sys.stderr)
+        print("\nstopped.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -163,9 +163,13 @@ class Supervisor:
         if ranks.failures:
             record = ranks.failures[0]
             raise CrashError(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
+        if ranks.pids and ranks.finished == set(ranks.pids):
+            return  # whatever ended the process that started them
         if self.asked_to_stop:
-            raise _stopped(f"stopped before a step was saved.\n{self._what_next(0)}")
-        if returncode != 0 and (not ranks.pids or ranks.finished != set(ranks.pids)):
+            saved = any(self.run.checkpoints.glob("step-*"))
+            kept = "at once; the newest checkpoint is kept" if saved else "before a step was saved"
+            raise _stopped(f"ended {kept}. Go on with: dist-train resume {self.run.path}")
+        if returncode != 0:
             raise CrashError(
                 f"the ranks could not be started (exit status {returncode}); see {self.run.logs / 'launcher.log'}."
             )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-from pydantic_core import PydanticUndefined
 from rich.console import Console
 
 from dist_train import config_io
 from dist_train.config_keys import keys_of
-from dist_train.recipe import list_recipes, load_recipe
+from dist_train.recipe import list_recipes
 
 
 def print_recipes() -> None:
@@ -19,11 +18,12 @@ def print_recipes() -> None:
 
 
 def print_keys(name: str) -> None:
-    """Every key with its default, what it may hold, and what it means."""
+    """Every key with its value in the recipe, what it may hold, and what it means."""
     console = Console(highlight=False)
-    for key in keys_of(load_recipe(name.partition("/")[0]).config.Config).values():
-        default = key.field.get_default(call_default_factory=True)
-        shown = "required" if default is PydanticUndefined else json.dumps(default, default=str)
+    config = config_io.load(name, site=False).config
+    values = config_io.flatten(config)
+    for key in keys_of(type(config)).values():
+        shown = json.dumps(values[key.name], default=str)
         console.print(f"[bold]{key.name}[/bold] = ", end="")
         console.print(f"{shown}   ({key.expected})", markup=False, soft_wrap=True)
         console.print(f"    {key.field.description}", markup=False, soft_wrap=True)

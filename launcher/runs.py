@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from dist_train import config_io
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, Preempted
 from dist_train.events import read_lines
 from dist_train.report import show_interval
 from dist_train.rundir import RunDir
@@ -84,17 +84,21 @@ def _flat(run: RunDir) -> dict[str, Any]:
 def _state(run: RunDir) -> str:
     if run.is_locked():
         return "running"
-    turns = ("run_started", "failed", "finished", "stopped")
-    last = [event for event in read_lines(run.events) if event["event"] in turns]
+    turns = ("run_started", "failed", "finished")
+    events = list(read_lines(run.events))
+    trained = {event["attempt"] for event in events if event["event"] == "run_started"}
+    last = [event for event in events if event["event"] in turns and event.get("attempt") in trained]
     if not last:
         return "not started"
-    name = last[-1]["event"]
+    name, code = last[-1]["event"], last[-1].get("code")
     # A start without an end whose lock is free: the launcher was killed.
-    return {"run_started": "interrupted", "failed": f"failed ({last[-1].get('code')})"}.get(name, name)
+    ends = {"run_started": "interrupted", "failed": "stopped" if code == Preempted.exit_code else f"failed ({code})"}
+    return ends.get(name, name)
 
 
 def _progress(run: RunDir) -> str:
-    step = max((line["step"] for line in read_lines(run.metrics)), default=0)
+    lines = [*read_lines(run.metrics), *read_lines(run.events)]
+    step = max((int(line.get("step", 0)) for line in lines), default=0)
     return f"{step}/{_read(run.plan).get('steps', '?')}"
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import bdb
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -18,11 +18,11 @@ import yaml
 from dist_train import config_io
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, DataError
-from dist_train.events import current_attempt, log_event
+from dist_train.events import current_attempt, log_event, read_lines
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import Recipe, load_recipe
-from dist_train.rundir import RunDir, default_run_name, json_text, write_atomic, write_json
+from dist_train.rundir import RunDir, default_run_name, json_text, read_json, write_atomic, write_json
 from dist_train.stop import StopFlag
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
 from launcher.preflight import check_can_start, check_gpus, check_imports, check_metric, check_one_rank, check_output
@@ -82,8 +82,8 @@ def resume(path: str, overrides: list[str], accept: list[str], debug: bool = Fal
     return directory
 
 
-def evaluate(path: str, checkpoint: str) -> RunDir:
-    """Evaluate a checkpoint of the run again, on the ranks of its config, and rebuild predictions and report."""
+def evaluate(path: str, checkpoint: str) -> tuple[RunDir, RunDir]:
+    """Evaluate a checkpoint again, on the ranks of the run's config. Returns the run, and where the results lie."""
     directory = RunDir.existing(path)
     if checkpoint not in ("best", "last") and not checkpoint.isdigit():
         raise ConfigError(f"--checkpoint is {checkpoint}, but must be best, last or a step.")
@@ -95,7 +95,8 @@ def evaluate(path: str, checkpoint: str) -> RunDir:
         _check_start(plan, hardware, debug=False)
         # Newer code may evaluate an older run; it only may not go on training it without a word.
         _attempt(directory, config, plan, hardware, False, (f"--evaluate={checkpoint}", "--accept=code"))
-    return directory
+    reported = [record["folder"] for record in read_lines(directory.events) if record["event"] == "reported"]
+    return directory, RunDir(reported[-1])
 
 
 def _check_start(plan: LaunchPlan, hardware: Hardware, debug: bool) -> None:
@@ -113,7 +114,7 @@ def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
 
 def kept_data(directory: RunDir, config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the data that the run was trained on; prepared again where the cache was cleared."""
-    recorded: dict[str, Any] = json.loads(directory.data_facts.read_text())
+    recorded = read_json(directory.data_facts)
     if not recipe.data.is_whole(Path(recorded["folder"])):
         recorded = _same_data(directory, config, recipe, [])
         write_json(directory.data_facts, recorded)
@@ -122,7 +123,7 @@ def kept_data(directory: RunDir, config: RunConfig, recipe: Recipe) -> dict[str,
 
 def _same_data(directory: RunDir, config: RunConfig, recipe: Recipe, accept: list[str]) -> dict[str, Any]:
     """The run's own data, if it is what it was. ConfigError when the source has changed since."""
-    recorded = json.loads(directory.data_facts.read_text())
+    recorded = read_json(directory.data_facts)
     try:
         facts = prepare_data(config, recipe)
     except DataError as error:
@@ -136,6 +137,9 @@ def _same_data(directory: RunDir, config: RunConfig, recipe: Recipe, accept: lis
             f"{facts['fingerprint'][:12]} now).\nBring the old data back, start a new run, or go on with the changed "
             "data all the same: dist-train resume ... --accept data"
         )
+    misfit = recipe.data.misfit(recorded, facts)
+    if misfit is not None:
+        raise ConfigError(f"the data has changed since {directory.path} started, and the weights do not fit: {misfit}")
     return facts
 
 
@@ -153,7 +157,8 @@ def _attempt(
     command = launch_command(plan, directory, arguments)
     attempt = current_attempt(directory.events) + 1
     _record_command(directory, attempt, command)
-    log_event(directory.events, "run_started", attempt=attempt, pid=os.getpid(), world_size=plan.world_size)
+    started = "evaluation_started" if any(word.startswith("--evaluate=") for word in arguments) else "run_started"
+    log_event(directory.events, started, attempt=attempt, pid=os.getpid(), world_size=plan.world_size)
     print_plan(directory, plan)
     if debug:
         from dist_train.worker import run_rank
@@ -161,7 +166,10 @@ def _attempt(
         # In this very process, so that breakpoints work.
         stop = StopFlag()
         stop.install()
-        run_rank(directory, attempt, stop, arguments)
+        try:
+            run_rank(directory, attempt, stop, arguments)
+        except bdb.BdbQuit:
+            raise KeyboardInterrupt from None
         return
     last_step = min(plan.steps, config.train.stop_after_steps or plan.steps)
     watch = Watch(directory, plan, last_step)

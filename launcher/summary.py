@@ -27,21 +27,23 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
 
 
-def print_summary(run: RunDir) -> None:
+def print_summary(run: RunDir, results: RunDir | None = None) -> None:
+    """results: where report and predictions lie, if they are of another checkpoint than the best."""
+    results = results or run
     console = open_console()
-    report = json.loads(run.report_json.read_text())
+    report = json.loads(results.report_json.read_text())
     header, *rows = summary_table(report)
-    title = f"{run.name}: test split with 95 % intervals; differences are paired"
+    title = f"{report['run']}: test split with 95 % intervals; differences are paired"
     table = Table(*(name.replace("_", " ") for name in header), title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console.print(table)
     lines = [*report["verdicts"], *_training_line(report["training"]), ""]
     for name, path in (
-        ("report", run.report_html),
+        ("report", results.report_html),
+        ("predictions", results.predictions),
         ("model folder", run.best),
         ("checkpoints", run.checkpoints),
-        ("predictions", run.predictions),
         ("everything", run.path),
     ):
         lines.append(f"{name:13s}{path}")

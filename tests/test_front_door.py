@@ -116,9 +116,14 @@ def test_a_report_is_the_same_when_it_is_made_again_and_another_checkpoint_can_b
     again = json.loads((run / "report.json").read_text())
     assert again == before
     step = sorted((run / "checkpoints").iterdir())[0].name.removeprefix("step-").lstrip("0")
+    model = (run / "best" / "model.safetensors").read_bytes()
     done = dist_train(["eval", "runs/whole2", "--checkpoint", step], desk)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((run / "report.json").read_text())["training"]["best_step"] == int(step)
+    other = run / "evaluations" / f"step-{int(step):08d}"
+    assert str(other / "report.html") in done.stdout
+    assert json.loads((other / "report.json").read_text())["metrics"] != before["metrics"]
+    assert json.loads((run / "report.json").read_text()) == before, "the run's own result is that of its best"
+    assert (run / "best" / "model.safetensors").read_bytes() == model
     shutil.rmtree(json.loads((run / "data.json").read_text())["folder"])
     done = dist_train(["eval", "runs/whole2"], desk)
     assert done.returncode == 0, "the prepared data was cleared, so it is made again: " + done.stderr
@@ -126,6 +131,7 @@ def test_a_report_is_the_same_when_it_is_made_again_and_another_checkpoint_can_b
     missing = dist_train(["eval", "runs/whole2", "--checkpoint", "7"], desk)
     assert missing.returncode == 11
     assert "Checkpoints that are there" in missing.stderr
+    assert re.search(r"whole2 .*finished", dist_train(["runs"], desk).stdout), "an evaluation trains nothing"
 
 
 def test_two_runs_at_once_repeat_a_run_from_its_directory(desk: Path) -> None:
@@ -186,6 +192,7 @@ def test_ctrl_c_saves_the_step_it_is_at_and_the_run_goes_on_from_there(desk: Pat
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "is saved" in output
+    assert re.search(r"stopped .* stopped ", dist_train(["runs"], desk).stdout)
     stopped_at = max(line["step"] for line in lines(run / "metrics.jsonl"))
     resumed = dist_train(["resume", f"runs/{run.name}"], desk)
     assert f"resumed at step {stopped_at}" in resumed.stdout, resumed.stdout + resumed.stderr

@@ -109,6 +109,8 @@ class ModelConfig(Section):
             )
         if self.kind == "transformer" and self.width % (2 * self.heads):
             raise ValueError(f"model.width is {self.width}, but must be an even multiple of model.heads ({self.heads})")
+        if self.kind == "lstm" and self.width % 2:
+            raise ValueError(f"model.width is {self.width}, but must be even: the LSTM has two directions")
         return self
 
 

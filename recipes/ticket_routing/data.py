@@ -11,18 +11,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dist_train.errors import ConfigError, DataError
-from dist_train.rundir import fsync_folder, storage_error, write_json
-from recipes.ticket_routing import read, split, synthetic
+from dist_train.errors import DataError
+from dist_train.rundir import fsync_folder, json_text, unwritable
+from recipes.ticket_routing import split
 from recipes.ticket_routing.config import Config, DataConfig
 from recipes.ticket_routing.duplicates import group_near_duplicates, normalise
+from recipes.ticket_routing.sources import Source, find_sources
 from recipes.ticket_routing.tokens import describe_ready, make_tokenizer
 
 # Changes whenever the same source would be prepared differently.
@@ -45,22 +46,11 @@ class Tickets:
     empty_texts: int = 0
 
 
-@dataclass(frozen=True)
-class Source:
-    """One place that rows come from."""
-
-    split: str | None
-    """Name of the split that all its rows belong to; None where the toolkit splits."""
-    where: str
-    batches: Callable[[dict[str, str]], Iterator[read.Batch]]
-    fingerprint: dict[str, Any]
-
-
 def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
     """The prepared folder for this config; built once, found again by content. ConfigError, DataError, StorageError."""
     from filelock import FileLock
 
-    sources = _sources(config.data)
+    sources = find_sources(config.data)
     key = _fingerprint(config, sources)
     root = config.data.cache_dir
     folder = root / f"tickets-{key[:24]}"
@@ -73,7 +63,7 @@ def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
             if not is_whole(folder):
                 _build(config, sources, key, folder, report)
     except OSError as error:
-        raise storage_error(folder, error) from error
+        raise unwritable(folder, error, "data.cache_dir") from error
     return folder
 
 
@@ -86,86 +76,21 @@ def load_facts(folder: Path | str) -> dict[str, Any]:
     return json.loads((Path(folder) / "facts.json").read_text(encoding="utf-8"))
 
 
+def misfit(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Why weights that were trained on data of the facts `then` cannot go on with that of `now`; None if they can."""
+    if then["labels"] != now["labels"]:
+        return "its queues are other ones. Start a new run."
+    if then["vocabulary"] != now["vocabulary"]:
+        return f"its vocabulary has {now['vocabulary']} entries instead of {then['vocabulary']}. Start a new run."
+    return None
+
+
 def read_split(folder: Path | str, name: str) -> Any:
     """A split as a pyarrow Table over a memory map."""
     import pyarrow as pa
 
     with pa.memory_map(str(Path(folder) / f"{name}.arrow")) as source:
         return pa.ipc.open_stream(source).read_all()
-
-
-def _sources(data: DataConfig) -> list[Source]:
-    if data.path is None:
-        raise ConfigError(
-            "data.path is not set: name your tickets, for example\n"
-            "  data.path=tickets.csv data.text_columns=[subject,body] data.label_column=queue\n"
-            "To try the toolkit on generated tickets: dist-train run ticket_routing/demo"
-        )
-    if data.label_column in data.text_columns:
-        raise ConfigError(
-            f"data.label_column is {data.label_column!r}, which is one of data.text_columns too: "
-            "the model would read the answer. Leave it out of data.text_columns."
-        )
-    whole = _whole_sources(data)
-    if whole is not None:
-        for key in ("validation_path", "test_path"):
-            if getattr(data, key) is not None:
-                raise ConfigError(f"data.{key} goes with files only, but data.path is {data.path}: set it to null.")
-        return whole
-    sources = [_file_source(data.path, "data.path", None if data.test_path is None else "train")]
-    for paths, key, name in (
-        (data.validation_path, "data.validation_path", "validation"),
-        (data.test_path, "data.test_path", "test"),
-    ):
-        if paths is not None:
-            sources.append(_file_source(paths, key, name))
-    return sources
-
-
-def _whole_sources(data: DataConfig) -> list[Source] | None:
-    """The source of generated tickets, or those of a `datasets` folder or hub data set; None for files."""
-    if data.path == "synthetic":
-        described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
-        return [Source(None, "synthetic", lambda columns: _generated(data, columns), described)]
-    splits = read.open_dataset(data.path, data.revision) if isinstance(data.path, str) else None
-    if splits is None:
-        return None
-    # A lone split, most often "train", is no split: the toolkit makes one.
-    return [_dataset_source(name if len(splits) > 1 else "", part, data) for name, part in splits.items()]
-
-
-def _generated(data: DataConfig, columns: dict[str, str]) -> Iterator[read.Batch]:
-    read.check_columns("synthetic", [data.text_columns[0], data.label_column], columns)
-    for batch in synthetic.generate(data.synthetic, data.rows):
-        yield [{data.text_columns[0]: row["text"], data.label_column: row["label"]} for row in batch]
-
-
-def _dataset_source(name: str, dataset: Any, data: DataConfig) -> Source:
-    where = f"{data.path}{f' ({name})' if name else ''}"
-    own = None
-    if name:
-        if name not in split.WORDS:
-            raise DataError(f"{where}: the split {name!r} is not known; allowed are train, validation and test.")
-        own = split.NAMES[split.WORDS[name]]
-    described = {
-        "dataset": str(data.path),
-        "revision": read.resolved_revision(dataset),
-        "fingerprint": str(dataset._fingerprint),
-        "rows": len(dataset),
-        "split": name,
-    }
-    return Source(own, where, lambda columns: read.read_dataset(dataset, where, columns), described)
-
-
-def _file_source(paths: str | list[str], key: str, name: str | None) -> Source:
-    files = read.expand_files(paths, key)
-    described = []
-    for file in files:
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        described.append({"path": str(file), "bytes": file.stat().st_size, "sha256": digest})
-    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return Source(name, where, lambda columns: read.read_files(files, columns), {"files": described, "split": name})
 
 
 def _fingerprint(config: Config, sources: list[Source]) -> str:
@@ -196,7 +121,7 @@ def _build(config: Config, sources: list[Source], key: str, folder: Path, report
     report(f"data           {len(labels)} tickets in {len(names)} classes; looking for near-duplicates")
     groups = group_near_duplicates(tickets.texts)
     split_of, method = _split(tickets, labels, groups, config.data)
-    _check_split(split_of, labels, names, method)
+    _check_split(split_of, labels, len(np.unique(groups)), names, method)
     # Texts without words are told apart by their signs.
     copies = len(tickets.texts) - len({normalise(text) or text for text in tickets.texts})
     leaks = {"exact_duplicates": copies, **split.leak_report(split_of, labels, groups)}
@@ -206,29 +131,43 @@ def _build(config: Config, sources: list[Source], key: str, folder: Path, report
     report("data           training the tokenizer and tokenising")
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
-    (temporary / "tokenizer").mkdir(parents=True)
-    train_texts = (tickets.texts[index] for index in np.flatnonzero(split_of == split.TRAIN))
-    tokenizer = make_tokenizer(config, train_texts, temporary / "tokenizer")
-    lengths = _write_splits(temporary, tickets, labels, split_of, tokenizer)
-    facts = {
-        "fingerprint": key,
-        "sources": [source.fingerprint for source in sources],
-        "rows": len(labels),
-        "labels": names,
-        "splits": {name: _counts(labels[split_of == index], names) for index, name in enumerate(split.NAMES)},
-        "split": {"method": method, "seed": config.data.split_seed},
-        "leaks": leaks,
-        "lengths": _describe_lengths(lengths, config.data.max_tokens),
-        "vocabulary": tokenizer.get_vocab_size(),
-        "warnings": warnings,
-    }
-    write_json(temporary / "facts.json", facts)
-    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-    os.rename(temporary, folder)
-    fsync_folder(folder.parent)
+    try:
+        (temporary / "tokenizer").mkdir(parents=True)
+        train_texts = (tickets.texts[index] for index in np.flatnonzero(split_of == split.TRAIN))
+        tokenizer = make_tokenizer(config, train_texts, temporary / "tokenizer")
+        lengths = _write_splits(temporary, tickets, labels, split_of, tokenizer)
+        facts = {
+            "fingerprint": key,
+            "sources": [source.fingerprint for source in sources],
+            "rows": len(labels),
+            "labels": names,
+            "splits": {name: _counts(labels[split_of == index], names) for index, name in enumerate(split.NAMES)},
+            "split": {"method": method, "seed": config.data.split_seed},
+            "leaks": leaks,
+            "lengths": _describe_lengths(lengths, config.data.max_tokens),
+            "vocabulary": tokenizer.get_vocab_size(),
+            "warnings": warnings,
+        }
+        (temporary / "facts.json").write_text(json_text(facts), encoding="utf-8")
+        _make_durable(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        os.rename(temporary, folder)
+        fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for warning in warnings:
         report(f"warning        {warning}")
     report(f"data           prepared in {time.monotonic() - began:.1f} s: {folder}")
+
+
+def _make_durable(folder: Path) -> None:
+    """A power cut must not leave empty files behind a rename that lasted."""
+    for path in folder.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _read(data: DataConfig, sources: list[Source]) -> Tickets:
@@ -316,10 +255,13 @@ def _split(tickets: Tickets, labels: np.ndarray, groups: np.ndarray, data: DataC
     return split.stratified(labels, apart, data), "stratified"
 
 
-def _check_split(split_of: np.ndarray, labels: np.ndarray, names: list[str], method: str) -> None:
+def _check_split(split_of: np.ndarray, labels: np.ndarray, groups: int, names: list[str], method: str) -> None:
     for index, name in enumerate(split.NAMES):
         if not (split_of == index).any():
-            raise DataError(f"the {name} split ({method}) is empty: {len(labels)} rows are too few for these shares.")
+            raise DataError(
+                f"the {name} split ({method}) is empty: {len(labels)} rows in {groups} groups of near-duplicates are "
+                "too few for these shares."
+            )
     known = set(labels[split_of == split.TRAIN])
     for index in (split.VALIDATION, split.TEST):
         unknown = sorted(names[label] for label in set(labels[split_of == index]) - known)

@@ -44,6 +44,8 @@ def _check_file(file: Path, key: str) -> None:
         near = difflib.get_close_matches(file.name, [p.name for p in _siblings(file) if p.exists()], n=1)
         hint = f" Did you mean {file.parent / near[0]}?" if near else ""
         raise DataError(f"{key} is {file}, but there is no such file.{hint}")
+    if not file.is_file() and not file.is_dir():
+        raise DataError(f"data.path is {file}, which is no regular file: copy its content into one.")
     if file.is_dir():
         raise DataError(f"{key} is {file}, a folder that `datasets` did not save: name files, for example {file}/*.csv")
     if file.stat().st_size == 0:
@@ -184,6 +186,8 @@ def check_columns(where: Path | str, existing: Sequence[str], columns: dict[str,
         if name not in existing:
             near = difflib.get_close_matches(name, list(existing), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
+            if len(existing) == 1 and any(sign in existing[0] for sign in ";\t|"):
+                hint = " Its columns are not separated by commas: write it with commas, or with tabs as .tsv."
             raise DataError(
                 f"{where} has no column {name!r}.{hint} Columns that exist: {', '.join(existing)}. Change {key}."
             )

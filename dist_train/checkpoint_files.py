@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "sha256",
             "payload",
         }
-    except FileNotFoundError:
-        raise Damage(path, "is missing") from None
+    except OSError as error:
+        raise Damage(path, _reason(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damage(path, "is not a manifest any more") from None
     if not intact:
@@ -150,11 +149,15 @@ def verify(folder: Path) -> dict[str, Any]:
                 raise Damage(path, f"has {size} bytes instead of {shard['bytes']}")
             with open(path, "rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise Damage(path, "is missing") from None
+        except OSError as error:
+            raise Damage(path, _reason(error)) from None
         if digest != shard["sha256"]:
             raise Damage(path, "does not match its hash")
     return payload
+
+
+def _reason(error: OSError) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
 
 
 def newest_valid(root: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
@@ -168,13 +171,22 @@ def newest_valid(root: Path) -> tuple[dict[str, Any] | None, list[Damage]]:
     return None, damages
 
 
-def prune(root: Path, keep_last: int, keep: Iterable[int]) -> list[int]:
-    """Remove all but the newest `keep_last` checkpoints and the steps in `keep`. Returns the removed steps."""
-    protected = set(keep)
+def prune(root: Path, keep_last: int) -> list[int]:
+    """Remove all but the newest `keep_last` checkpoints and the best that each of these knows: whichever of them a
+    resume falls back to, its best is there. Returns the removed steps."""
+    protected = {_best_step(step_folder(root, step)) for step in committed_steps(root)[:keep_last]}
     removed = [step for step in committed_steps(root)[keep_last:] if step not in protected]
     for step in removed:
         discard(step_folder(root, step))
     return removed
+
+
+def _best_step(folder: Path) -> int | None:
+    try:
+        step: int | None = read_manifest(folder).get("state", {}).get("best_step")
+    except Damage:
+        return None
+    return step
 
 
 def set_aside(folder: Path) -> Path:

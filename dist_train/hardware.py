@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from dist_train.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -43,7 +45,14 @@ def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
     entry hides itself and all that follow."""
     if visible is None:
         return gpus
-    chosen = []
+    chosen: list[Gpu] = []
+    first = visible.split(",")[0].strip()
+    if gpus and first not in ("", "-1", "none", "NoDevFiles") and find_gpu(gpus, first) is None:
+        known = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in gpus)
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES is {visible}, but the GPUs here are {known}: name some of them (parts of a GPU, "
+            "MIG, are not supported), or leave it empty to train on the CPU."
+        )
     for word in visible.split(","):
         found = find_gpu(gpus, word.strip())
         if found is None:

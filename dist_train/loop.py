@@ -121,8 +121,7 @@ def save_checkpoint(training: Training) -> None:
 
     def committed(folder: str) -> None:
         log_event(run.events, "checkpoint_committed", step=state.step, folder=folder)
-        keep = [] if state.best_step is None else [state.best_step]
-        checkpoint_files.prune(run.checkpoints, training.config.checkpoint.keep_last, keep)
+        checkpoint_files.prune(run.checkpoints, training.config.checkpoint.keep_last)
 
     checkpoint.save(run.checkpoints, engine, tensors, state.step, meta, committed)
 
@@ -170,7 +169,9 @@ def _one_step(
     state.step += 1
     training.heartbeat.step = state.step
     state.samples = schedule.samples_before(state.step)
-    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
+    # fp16 overflows now and then while its scale finds its place: that counts once the scale can fall no further.
+    hopeless = not finite and (engine.scaler is None or engine.scaler.get_scale() <= 1.0)
+    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + int(hopeless)
     meter.add(len(data.ids), data.useful, data.padded)
     if not finite:
         _report_nonfinite(training, data)
@@ -195,7 +196,7 @@ def _report_nonfinite(training: Training, data: StepData) -> None:
         raise NumericError(
             f"the gradient was not finite in {_MOST_NONFINITE} steps in a row, up to step {state.step}; the weights "
             "were not touched by them, and the last checkpoint is from before.\nThe rows of these steps are in "
-            f"{training.run.events} (nonfinite_step). Lower optim.lr, or set train.precision to fp32."
+            f"{training.run.events} (nonfinite_step). Start a new run with a lower optim.lr or in fp32."
         )
 
 

@@ -129,11 +129,11 @@ def _processes_per_node(config: RunConfig, hardware: Hardware, world_size: int |
                 f"{world_size} ranks: set parallel.processes_per_node to null, or start as many ranks."
             )
         return world_size // parallel.nodes
-    available = len(hardware.gpus)
-    count = parallel.processes_per_node or len(parallel.gpu_ids or ()) or available or 1
+    available = len(parallel.gpu_ids or hardware.gpus)
+    count = parallel.processes_per_node or available or 1
     if hardware.gpus and parallel.nodes == 1 and count > available:
         raise ConfigError(
-            f"parallel.processes_per_node is {count}, but {available} GPUs are visible: lower it, or look at "
+            f"parallel.processes_per_node is {count}, but {available} GPUs are chosen: lower it, or look at "
             "CUDA_VISIBLE_DEVICES and parallel.gpu_ids."
         )
     return count

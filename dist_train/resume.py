@@ -34,6 +34,7 @@ def build_training(
     attempt: int,
     fingerprints: dict[str, str],
     stop: StopFlag,
+    heartbeat: Heartbeat,
 ) -> Training:
     """Engine, model, optimizer and tracker of this rank, at step 0. ConfigError when the world is not the planned one.
 
@@ -57,7 +58,6 @@ def build_training(
     if config.train.ema_decay is not None:
         ema = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
-    heartbeat = Heartbeat(run, engine.rank)
     return Training(
         config, plan, run, engine, task, optimizer, TrainState(), ema, stop, tracker, heartbeat, fingerprints
     )
@@ -90,7 +90,8 @@ def restore(training: Training, accepted: Collection[str] = ()) -> None:
     checkpoint.load_weights(engine.module, folder, manifest, use_ema=False)
     restored = checkpoint.load_optimizer(engine.module, training.optimizer, folder, manifest)
     if training.ema is not None:
-        training.ema.update(checkpoint.read_tensors(folder, manifest, "ema/"))
+        for name, tensor in checkpoint.read_tensors(folder, manifest, "ema/").items():
+            training.ema[name].copy_(tensor)  # in place: what was read lies on the CPU
     if engine.scaler is not None and manifest["scaler"]:
         engine.scaler.load_state_dict(manifest["scaler"])
     training.state = TrainState(**manifest["state"])
@@ -121,7 +122,7 @@ def _choose_checkpoint(run: RunDir) -> dict[str, Any] | str | None:
         print(f"damaged checkpoint: {damage}", flush=True)
         log_event(run.events, "checkpoint_damaged", file=str(damage.file), what=damage.what)
     if manifest is None:
-        if any(record["event"] == "checkpoint_committed" for record in read_lines(run.events)):
+        if damages or any(record["event"] == "checkpoint_committed" for record in read_lines(run.events)):
             return "no checkpoint verifies, although one was committed:\n" + "\n".join(map(str, damages))
         return None
     for damage in damages:

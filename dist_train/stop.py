@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
+
+# Whoever stops a whole process group reaches a rank two or three times: directly, through the launcher and torchrun.
+_ONE_WISH_S = 5.0
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGUSR1 or SIGINT. A second one ends the process at once; the newest checkpoint stays whole."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT. One more, seconds later, ends the process; the newest checkpoint is whole."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._set_at = 0.0
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -21,6 +26,8 @@ class StopFlag:
         return self.signal_name is not None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+            self._set_at = time.monotonic()
+        elif time.monotonic() - self._set_at > _ONE_WISH_S:
             os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name

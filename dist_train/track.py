@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -13,6 +15,8 @@ from dist_train.config import RunConfig
 from dist_train.config_io import flatten
 from dist_train.events import append_line, log_event
 from dist_train.rundir import RunDir, write_atomic
+
+_CLOSE_TIMEOUT_S = 10.0
 
 
 class Tracker:
@@ -36,6 +40,14 @@ class Tracker:
         """Send the test metrics, and of the report what `track.upload` allows; then close."""
         if self._wandb is not None:
             self._guard(lambda: self._send(report))
+
+    def close(self, failed: bool) -> None:
+        """Hand over what was logged when the run ends before `finish`. A host that does not answer gets seconds."""
+        if self._wandb is not None:
+            ending = threading.Thread(target=self._guard, args=(lambda: self._wandb.finish(exit_code=int(failed)),))
+            ending.daemon = True
+            ending.start()
+            ending.join(_CLOSE_TIMEOUT_S)
 
     def _send(self, report: Mapping[str, Any]) -> None:
         import wandb
@@ -96,30 +108,41 @@ def _start_wandb(run: RunDir, config: RunConfig) -> Any:
     if mode == "disabled":
         return None
     try:
-        import wandb
-
-        if run.wandb_id.is_file():
-            run_id = run.wandb_id.read_text().strip()
-        else:
-            run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
-            write_atomic(run.wandb_id, run_id + "\n")
-        track, variables = config.track, os.environ
-        return wandb.init(
-            id=run_id,
-            resume="allow",
-            mode=cast(Any, mode),
-            dir=str(run.path),
-            # W&B reads its variables once a process, so they are handed over.
-            name=variables.get("WANDB_NAME") or run.name,
-            project=track.project or variables.get("WANDB_PROJECT") or "dist-train",
-            entity=track.entity or variables.get("WANDB_ENTITY"),
-            group=track.group or variables.get("WANDB_RUN_GROUP"),
-            job_type=track.job_type or variables.get("WANDB_JOB_TYPE") or "train",
-            tags=track.tags or [tag for tag in variables.get("WANDB_TAGS", "").split(",") if tag],
-            config=flatten(config),
-            settings=wandb.Settings(init_timeout=_init_timeout_s(), silent=True, disable_git=True, console="off"),
-        )
+        return _open_wandb(run, config, mode)
     except Exception as error:  # no key, no host, no space: the metrics are in metrics.jsonl all the same
         print(f"W&B is off: {error}", file=sys.stderr)
         log_event(run.events, "tracking_lost", message=str(error))
         return None
+
+
+def _open_wandb(run: RunDir, config: RunConfig, mode: str) -> Any:
+    import wandb
+
+    if run.wandb_id.is_file():
+        run_id = run.wandb_id.read_text().strip()
+    else:
+        run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+        write_atomic(run.wandb_id, run_id + "\n")
+    track, variables = config.track, os.environ
+    start = functools.partial(
+        wandb.init,
+        id=run_id,
+        resume="allow",
+        dir=str(run.path),
+        # W&B reads its variables once a process, so they are handed over.
+        name=variables.get("WANDB_NAME") or run.name,
+        project=track.project or variables.get("WANDB_PROJECT") or "dist-train",
+        entity=track.entity or variables.get("WANDB_ENTITY"),
+        group=track.group or variables.get("WANDB_RUN_GROUP"),
+        job_type=track.job_type or variables.get("WANDB_JOB_TYPE") or "train",
+        tags=track.tags or [tag for tag in variables.get("WANDB_TAGS", "").split(",") if tag],
+        config=flatten(config),
+        settings=wandb.Settings(init_timeout=_init_timeout_s(), silent=True, disable_git=True, console="off"),
+    )
+    try:
+        return start(mode=cast(Any, mode))
+    except Exception as error:  # no host answers, or the key is wrong
+        if mode != "online":
+            raise
+        log_event(run.events, "tracking_offline", message=str(error))
+        return start(mode="offline")

@@ -12,9 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from dist_train.errors import CrashError, StorageError, ToolkitError
+from dist_train.errors import CrashError, Preempted, StorageError, ToolkitError
 from dist_train.events import current_attempt, log_event
-from dist_train.heartbeat import waited_in_vain
+from dist_train.heartbeat import Heartbeat, waited_in_vain
 from dist_train.rundir import LAUNCHER_PID, RunDir
 from dist_train.stop import StopFlag
 
@@ -30,23 +30,24 @@ def main(arguments: list[str]) -> int:
     stop.install()
     _die_with_launcher()
     _redirect_output(run.rank_log(rank))
+    heartbeat = Heartbeat(run, rank)
     attempt = current_attempt(run.events)
     log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), host=os.uname().nodename)
     try:
-        run_rank(run, attempt, stop, tuple(arguments[1:]))
+        run_rank(run, attempt, stop, heartbeat, tuple(arguments[1:]))
     except ToolkitError as error:
         return _report(run, attempt, rank, error)
     except BaseException as error:
         traceback.print_exc()
-        if "timed out" in str(error).lower():
-            return _report(run, attempt, rank, waited_in_vain(run, rank))
+        if "timed out" in str(error).lower() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return _report(run, attempt, rank, waited_in_vain(run, rank, [rank]))
         crash = CrashError(f"rank {rank}: {type(error).__name__}: {error}\nThe traceback is in {run.rank_log(rank)}.")
         return _report(run, attempt, rank, crash)
     log_event(run.events, "rank_finished", attempt=attempt, rank=rank)
     return 0
 
 
-def run_rank(run: RunDir, attempt: int, stop: StopFlag, arguments: tuple[str, ...] = ()) -> None:
+def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, arguments: tuple[str, ...] = ()) -> None:
     """Config, task, engine, resume, train, finish: in this order, on every rank.
 
     arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT trains nothing.
@@ -70,11 +71,16 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, arguments: tuple[str, ..
         "config": result_fingerprint(config),
     }
     task = recipe.task.make_task(config, Path(facts["folder"]))
-    training = build_training(run, config, plan, task, attempt, fingerprints, stop)
-    restore(training, accepted)
-    if evaluate is None:
-        train(training)
-    finish(training, recipe, evaluate or "best")
+    training = build_training(run, config, plan, task, attempt, fingerprints, stop, heartbeat)
+    try:
+        restore(training, accepted)
+        if evaluate is None:
+            train(training)
+        finish(training, recipe, evaluate or "best")
+    except BaseException as error:
+        if training.tracker is not None:
+            training.tracker.close(failed=not isinstance(error, Preempted))
+        raise
 
 
 def _report(run: RunDir, attempt: int, rank: int, error: ToolkitError) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import socket
@@ -62,8 +63,9 @@ def _devices(hardware: Hardware) -> Iterator[Check]:
     if not hardware.gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         why = f" (CUDA_VISIBLE_DEVICES={visible!r})" if visible is not None else ""
-        yield "note", f"no GPU is visible{why}: training runs on the CPU", "install the driver, or unset the variable"
-    elif "+cpu" in importlib.metadata.version("torch"):
+        fix = "unset the variable" if visible is not None else "where there is a GPU, install its driver"
+        yield "note", f"no GPU is visible{why}: training runs on the CPU", fix
+    elif importlib.util.find_spec("torch") and "+cpu" in importlib.metadata.version("torch"):
         yield (
             "bad",
             "there are GPUs, but this torch is built for the CPU",

@@ -8,7 +8,7 @@ from dist_train.plan import make_plan
 from dist_train.recipe import load_recipe
 from dist_train.report import build_report
 from dist_train.rundir import RunDir
-from launcher.preflight import check_gpus, check_imports
+from launcher.preflight import check_gpus, check_imports, check_metric
 from launcher.start import kept_data, prepare_data, print_plan
 
 
@@ -18,6 +18,7 @@ def show_plan(recipe_name: str, overrides: list[str]) -> None:
     check_imports()
     print(config_io.dump(loaded.config, loaded.sources, loaded.config.name or "not named yet"))
     recipe = load_recipe(loaded.config.recipe)
+    check_metric(loaded.config, recipe)
     facts = prepare_data(loaded.config, recipe)
     hardware = detect_hardware()
     plan = make_plan(loaded.config, hardware, facts["splits"]["train"]["rows"])

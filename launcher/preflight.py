@@ -87,7 +87,10 @@ def _existing_parent(path: Path) -> Path:
 
 
 def check_gpus(plan: LaunchPlan, hardware: Hardware) -> None:
-    """Each GPU of parallel.gpu_ids is there."""
+    """Each GPU of parallel.gpu_ids is there, and named once."""
+    found = [find_gpu(hardware.gpus, word) for word in plan.gpu_ids]
+    if len(set(found)) < len(found) and None not in found:
+        raise ConfigError(f"parallel.gpu_ids names a GPU twice: {', '.join(plan.gpu_ids)}. Name each once.")
     for word in plan.gpu_ids:
         if find_gpu(hardware.gpus, word) is None:
             known = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in hardware.gpus) or "none"

@@ -6,7 +6,9 @@ import bdb
 import importlib.metadata
 import os
 import platform
+import secrets
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -20,6 +22,7 @@ from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, DataError
 from dist_train.events import current_attempt, log_event, read_lines
 from dist_train.hardware import Hardware, detect_hardware
+from dist_train.heartbeat import Heartbeat
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import Recipe, load_recipe
 from dist_train.rundir import RunDir, default_run_name, json_text, read_json, write_atomic, write_json
@@ -39,7 +42,7 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
     """Train from a recipe file to the report, in a new run directory."""
     loaded = config_io.load(recipe_name, overrides)
     config = loaded.config
-    directory = RunDir(config.output_dir / (config.name or default_run_name(config.recipe, time.time())))
+    directory = _free_directory(config)
     check_imports()
     check_output(directory)
     recipe = load_recipe(config.recipe)
@@ -99,6 +102,14 @@ def evaluate(path: str, checkpoint: str) -> tuple[RunDir, RunDir]:
     return directory, RunDir(reported[-1])
 
 
+def _free_directory(config: RunConfig) -> RunDir:
+    """The run's directory; without a name one that is not there yet."""
+    if config.name is not None:
+        return RunDir(config.output_dir / config.name)
+    name = f"{default_run_name(config.recipe, time.time())}-{secrets.token_hex(2)}"
+    return RunDir(config.output_dir / name)
+
+
 def _check_start(plan: LaunchPlan, hardware: Hardware, debug: bool) -> None:
     check_gpus(plan, hardware)
     check_can_start(plan)
@@ -152,6 +163,7 @@ def _attempt(
     arguments: tuple[str, ...] = (),
 ) -> None:
     """Start the ranks once and wait for them."""
+    shutil.rmtree(directory.heartbeats, ignore_errors=True)  # of ranks that are no more
     write_json(directory.plan, plan.to_json())
     write_atomic(directory.accelerate_config, yaml.safe_dump(accelerate_config(plan)))
     command = launch_command(plan, directory, arguments)
@@ -164,12 +176,14 @@ def _attempt(
         from dist_train.worker import run_rank
 
         # In this very process, so that breakpoints work.
+        os.environ["CUDA_VISIBLE_DEVICES"] = worker_environment(plan, hardware)["CUDA_VISIBLE_DEVICES"]
         stop = StopFlag()
         stop.install()
         try:
-            run_rank(directory, attempt, stop, arguments)
+            run_rank(directory, attempt, stop, Heartbeat(directory, 0), arguments)
         except bdb.BdbQuit:
             raise KeyboardInterrupt from None
+        log_event(directory.events, "finished", attempt=attempt)
         return
     last_step = min(plan.steps, config.train.stop_after_steps or plan.steps)
     watch = Watch(directory, plan, last_step)
@@ -194,7 +208,7 @@ def print_plan(directory: RunDir | None, plan: LaunchPlan) -> None:
 
 
 def _record_command(directory: RunDir, attempt: int, command: list[str]) -> None:
-    """Append what this attempt ran to commands.sh; the last line repeats the run."""
+    """Append what this attempt ran to commands.sh."""
     before = directory.commands.read_text() if directory.commands.exists() else "#!/bin/sh\n"
     typed = shlex.join(["dist-train", *sys.argv[1:]])
     text = f"# attempt {attempt}, typed in {os.getcwd()}\n# {typed}\n# which started the ranks with\n"

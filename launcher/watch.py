@@ -110,6 +110,8 @@ def _event_text(record: dict[str, Any]) -> str | None:
         return f"step {record['step']} had a gradient that is not finite and was skipped (rows {record['rows'][:8]} …)"
     if event == "tracking_lost":
         return f"W&B is off for this attempt: {record['message']}"
+    if event == "tracking_offline":
+        return f"W&B works offline in this attempt, `wandb sync` sends it later: {record['message']}"
     if event == "progress":
         return str(record["message"])
     return None

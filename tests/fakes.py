@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dist_train.config import RunConfig, Section
 from dist_train.events import append_line, read_lines
 from dist_train.hardware import Hardware
+from dist_train.heartbeat import Heartbeat
 from dist_train.loop import Training, train
 from dist_train.plan import make_plan
 from dist_train.resume import build_training, restore
@@ -133,7 +135,8 @@ def make_training(
     run = RunDir(path)
     run.logs.mkdir(parents=True, exist_ok=True)
     plan = make_plan(config, hardware, task.num_rows, world_size)
-    training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag())
+    rank = int(os.environ.get("RANK", "0"))
+    training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank))
     restore(training)
     return training
 

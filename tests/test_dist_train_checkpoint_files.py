@@ -18,7 +18,7 @@ from dist_train import checkpoint_files as files
 TESTS = Path(__file__).parent
 
 
-def _save(root: Path, step: int, shards: int = 2) -> Path:
+def _save(root: Path, step: int, shards: int = 2, best: int | None = None) -> Path:
     root.mkdir(exist_ok=True)
     temporary = root / f".tmp-{step}"
     temporary.mkdir()
@@ -27,7 +27,7 @@ def _save(root: Path, step: int, shards: int = 2) -> Path:
         values = np.arange(100, dtype=np.float32) + step
         piece = files.Piece("model/weight", (100 * shards,), "F32", 100 * rank, 100)
         entries.append(files.write_shard(temporary / f"rank-{rank}.safetensors", [(piece, values.view(np.uint8).data)]))
-    files.write_manifest(temporary, {"step": step, "shards": entries})
+    files.write_manifest(temporary, {"step": step, "shards": entries, "state": {"best_step": best}})
     final = files.step_folder(root, step)
     files.commit(temporary, final)
     return final
@@ -106,12 +106,22 @@ def test_swapped_shards_checkpoints_and_missing_files_are_found(tmp_path: Path) 
     assert "is missing" in str(files.newest_valid(root)[1][0])
 
 
+def test_what_cannot_be_read_is_damage_too(tmp_path: Path) -> None:
+    _save(tmp_path / "c", 1)
+    (tmp_path / "c" / "step-00000002").write_text("a file where a folder should be")
+    manifest, damages = files.newest_valid(tmp_path / "c")
+    assert manifest is not None
+    assert manifest["step"] == 1
+    assert "cannot be read" in str(damages[0])
+
+
 def test_pruning_keeps_the_newest_and_the_best_and_touches_nothing_else(tmp_path: Path) -> None:
     root = tmp_path / "c"
-    for step in (1, 2, 3, 4, 5):
-        _save(root, step)
+    for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5)):
+        _save(root, step, best=best)
     (root / "notes").mkdir()
-    assert files.prune(root, keep_last=2, keep=[2]) == [3, 1]
+    # Were 5 damaged, a resume would fall back to 4, whose best is 2.
+    assert files.prune(root, keep_last=2) == [3, 1]
     assert files.committed_steps(root) == [5, 4, 2]
     assert (root / "notes").is_dir()
 

@@ -60,6 +60,7 @@ def _refused(recipe: str, *overrides: str, kind: type[ToolkitError] = ConfigErro
         ("train:\n  steps: 3\n  steps: 4\n", ["mine.yaml:4", "stands twice", "line 3"]),
         ("train:\n  steps: 3\n  epochs: 4\n", ["train.steps and train.epochs are both set"]),
         ("model:\n  width: 30\n", ["model.width is 30"]),
+        ("model:\n  kind: lstm\n  width: 33\n", ["model.width is 33", "even"]),
         ("model:\n  kind: pretrained\n", ["model.kind is pretrained, but model.pretrained is null"]),
         ("train: [\n", ["mine.yaml:3: this is not valid YAML"]),
         ("- a\n", ["this is not valid YAML"]),
@@ -201,7 +202,7 @@ def test_resume_lets_change_how_a_run_trains_and_never_what_comes_out() -> None:
     assert changed.parallel.processes_per_node == 4
     assert {**flatten(changed), "parallel.processes_per_node": 2, "train.stop_after_steps": None} == flatten(config)
     for override in ("optim.lr=1", "train.global_batch_size=8", "data.split_seed=1", "seed=1"):
-        with pytest.raises(ConfigError, match="cannot change on resume: it defines the result"):
+        with pytest.raises(ConfigError, match="cannot change on resume: it defines the run or its result"):
             config_io.resume_overrides(config, [override])
 
 

@@ -9,6 +9,7 @@ import pytest
 from dist_train.errors import ConfigError
 from dist_train.hardware import Gpu, Hardware, visible_gpus
 from dist_train.plan import LaunchPlan, make_plan
+from launcher.preflight import check_gpus
 from tests.fakes import TinyConfig
 
 CPU = Hardware("host", "cpu", 8, 16.0)
@@ -90,3 +91,17 @@ def test_a_plan_is_the_same_after_it_was_written_and_read() -> None:
 )
 def test_cuda_visible_devices_chooses_and_orders(visible: str | None, indices: list[int]) -> None:
     assert [gpu.index for gpu in visible_gpus(GPUS, visible)] == indices
+
+
+def test_gpus_that_the_environment_names_and_nobody_knows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is MIG-1, but the GPUs here are 0"):
+        visible_gpus(GPUS, "MIG-1")
+    assert visible_gpus(GPUS, "-1") == visible_gpus(GPUS, "") == ()
+    assert visible_gpus((), "0") == ()
+
+
+def test_more_ranks_than_chosen_gpus_and_a_gpu_named_twice_are_refused() -> None:
+    with pytest.raises(ConfigError, match="processes_per_node is 4, but 2 GPUs are chosen"):
+        _plan(NODE, parallel={"gpu_ids": ["0", "1"], "processes_per_node": 4})
+    with pytest.raises(ConfigError, match="names a GPU twice"):
+        check_gpus(_plan(NODE, parallel={"gpu_ids": ["0", "GPU-aaaa"]}), NODE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -118,8 +120,32 @@ def test_a_host_that_does_not_answer_costs_seconds_and_not_the_training(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     run = _run(tmp_path)
+    began = time.monotonic()
     tracker = Tracker(run, TinyConfig(recipe="tiny", track={"wandb": "online"}), 1)
     tracker.log("train", 1, 16, {"loss": 1.0})
     tracker.finish({})
+    assert time.monotonic() - began < 20
     assert [line["loss"] for line in read_lines(run.metrics)] == [1.0]
-    assert any(line["event"] == "tracking_lost" for line in read_lines(run.events))
+    assert any(line["event"] == "tracking_offline" for line in read_lines(run.events))
+    assert list((run.path / "wandb").glob("offline-run-*")), "what could not be sent is kept"
+
+
+def test_a_run_that_stops_before_its_end_hands_over_all_that_was_logged(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from dist_train.rundir import RunDir
+from dist_train.track import Tracker
+from tests.fakes import TinyConfig
+run = RunDir(sys.argv[1])
+run.create()
+tracker = Tracker(run, TinyConfig(recipe="tiny", track={"wandb": "offline"}), 1)
+for step in range(1, 21):
+    tracker.log("train", step, 16 * step, {"loss": 1.0, "word-of-step": 1000.5 + step})
+tracker.close(failed=False)
+os._exit(75)
+"""
+    run = RunDir(tmp_path / "stopped")
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(run.path)], cwd=Path(__file__).parent.parent).returncode == 75
+    )
+    _stored(run, "1020.5")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 import transformers
 
 from dist_train import config_io
-from dist_train.errors import ConfigError, UnsafeInputError
+from dist_train.errors import ConfigError, DataError, UnsafeInputError
 from dist_train.events import read_lines
 from dist_train.hardware import Hardware
+from dist_train.heartbeat import Heartbeat
 from dist_train.loop import train
 from dist_train.plan import make_plan
 from dist_train.recipe import list_recipes, load_recipe
@@ -56,7 +58,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _task(folder: Path, kind: str, *extra: str) -> TicketTask:
     settings = [*SMALL, f"data.cache_dir={folder}/prepared", f"model.kind={kind}", *extra]
     if kind == "pretrained":
-        settings.append(f"model.pretrained={folder}/bert")
+        settings.insert(0, f"model.pretrained={folder}/bert")
     config: Any = config_io.load("ticket_routing", settings, site=False).config
     return TicketTask(config, prepare(config, lambda text: None))
 
@@ -130,6 +132,30 @@ def test_a_pretrained_encoder_comes_in_with_its_weights_and_leaves_as_a_transfor
     assert list(loaded.config.id2label.values()) == task.labels
 
 
+def test_a_pretrained_encoder_of_half_precision_is_trained_in_full(desk: Path) -> None:
+    half = desk / "half"
+    shutil.copytree(desk / "bert", half)
+    transformers.BertModel.from_pretrained(desk / "bert").half().save_pretrained(half)
+    model = _task(desk, "pretrained", f"model.pretrained={half}").build_model()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_classifier_of_other_labels_gets_a_head_for_ours_and_what_is_no_model_is_named(desk: Path) -> None:
+    other = desk / "other"
+    shutil.copytree(desk / "bert", other)
+    config = transformers.BertConfig.from_pretrained(desk / "bert", num_labels=33)
+    transformers.BertForSequenceClassification(config).save_pretrained(other)
+    task = _task(desk, "pretrained", f"model.pretrained={other}")
+    batch = _batch(task, [0, 1])
+    assert _probability(task.build_model(), batch).shape == (2, len(task.labels))
+    own = desk / "own"
+    own.mkdir()
+    plain = _task(desk, "transformer")
+    plain.save_model(plain.build_model(), own)
+    with pytest.raises(DataError, match="own, which could not be loaded"):
+        _task(desk, "pretrained", f"model.pretrained={own}").build_model()
+
+
 def test_pickled_weights_are_refused(desk: Path) -> None:
     folder = desk / "pickled"
     folder.mkdir()
@@ -186,6 +212,6 @@ def _take_steps(name: str, settings: list[str], path: Path) -> None:
     run.logs.mkdir(parents=True)
     rows = len(task.rows("train").ids)
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), rows, 1)
-    training = build_training(run, config, plan, task, 1, {}, StopFlag())
+    training = build_training(run, config, plan, task, 1, {}, StopFlag(), Heartbeat(run, 0))
     assert isinstance(training.engine.module, TicketClassifier)
     train(training)

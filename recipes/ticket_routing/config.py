@@ -49,11 +49,11 @@ class DataConfig(Section):
     """Time stamp column: older tickets train, newer ones test; null splits at random within each queue."""
     split_column: str | None = None
     """Column with the words train, validation and test; null lets the toolkit split."""
-    validation_share: Share = 0.1
+    validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the rows in the validation split."""
-    test_share: Share = 0.2
+    test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Share of the rows in the test split."""
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split, apart from `seed`, so that seeds can be compared on one split."""
     near_duplicates: Literal["group", "ignore"] = "group"
     """group: near-duplicate tickets always lie in one split; ignore: only count them."""

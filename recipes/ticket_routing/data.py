@@ -245,9 +245,11 @@ def _split(tickets: Tickets, labels: np.ndarray, groups: np.ndarray, data: DataC
         unnamed = "" if data.split_column is not None else "train"
         result = split.by_column([name or unnamed for name in tickets.own_split], tickets.rows, where)
         if not (result == split.TEST).any():
-            raise DataError("the given split has no test rows: give some, or let the toolkit split all of it.")
+            if data.split_column is not None:
+                raise DataError("the given split has no test rows: give some, or let the toolkit split all of it.")
+            result = split.carve(result, labels, apart, data, split.TEST)
         if not (result == split.VALIDATION).any():
-            result = split.carve_validation(result, labels, apart, data)
+            result = split.carve(result, labels, apart, data, split.VALIDATION)
         return result, "column" if data.split_column else "files"
     if data.time_column is not None:
         result = split.by_time(split.parse_times(tickets.times, tickets.rows, where), data)

@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,12 +31,18 @@ def expand_files(paths: str | Sequence[str], key: str) -> list[Path]:
     """The files of a path, a list of paths or a glob. DataError when one is missing or empty."""
     files: list[Path] = []
     for word in [paths] if isinstance(paths, str) else paths:
-        matches = sorted(glob.glob(word)) if any(sign in word for sign in "*?[") else [word]
+        pattern = any(sign in word for sign in "*?[") and not os.path.exists(word)
+        matches = sorted(glob.glob(word)) if pattern else [word]
         if not matches:
             raise DataError(f"{key} is {word}, but no file matches it.")
         files.extend(Path(match) for match in matches)
     for file in files:
-        _check_file(file, key)
+        try:
+            _check_file(file, key)
+            with open(file, "rb"):
+                pass
+        except OSError as error:
+            raise DataError(f"{key} is {file}, which cannot be read: {error.strerror}.") from error
     return files
 
 

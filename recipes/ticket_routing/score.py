@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,24 +77,25 @@ def figures(measures: dict[str, Classification], classes: dict[str, Any]) -> lis
 def baselines(prepared: Path, report: Callable[[str], None]) -> dict[str, dict[str, pa.Table]]:
     """Predictions of each baseline for validation and test, trained on the training split of the prepared folder.
 
-    They depend on the split alone, so they are kept beside it and trained once.
+    They depend on the split alone, so they are kept beside it and trained once, if the folder can be written.
     """
-    from filelock import FileLock
-
     described = json.dumps([_BASELINE_VERSION, _NGRAM, _REGRESSION, _STRENGTHS], default=str)
     folder = prepared / f"baselines-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
     files = {(name, split): folder / f"{name}-{split}.parquet" for name in BASELINES for split in _SPLITS}
-    with FileLock(prepared / ".baselines.lock"):
-        if not all(path.is_file() for path in files.values()):
-            began = time.monotonic()
-            report(f"training the baseline: {BASELINES['ngram']}")
+    if all(path.is_file() for path in files.values()):
+        tables = {key: pq.read_table(path) for key, path in files.items()}
+    else:
+        began = time.monotonic()
+        report(f"training the baseline: {BASELINES['ngram']}")
+        tables = _train_baselines(prepared)
+        with contextlib.suppress(OSError):  # another user's cache, a read-only or a full one: trained again next time
             folder.mkdir(exist_ok=True)
-            for key, table in _train_baselines(prepared).items():
-                temporary = files[key].with_suffix(".tmp")
+            for key, table in tables.items():
+                temporary = files[key].with_suffix(f".{os.getpid()}.tmp")
                 pq.write_table(table, temporary)
                 os.replace(temporary, files[key])
-            report(f"baseline trained in {time.monotonic() - began:.1f} s")
-    return {name: {split: pq.read_table(files[name, split]) for split in _SPLITS} for name in BASELINES}
+        report(f"baseline trained in {time.monotonic() - began:.1f} s")
+    return {name: {split: tables[name, split] for split in _SPLITS} for name in BASELINES}
 
 
 def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
@@ -104,8 +106,13 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
     train = read_split(prepared, "train")
     rows = {split: read_split(prepared, split) for split in _SPLITS}
     truth = train["label"].to_numpy()
+    texts = train["text"].to_pylist()
     vectorizer = TfidfVectorizer(**_NGRAM)
-    counts = vectorizer.fit_transform(train["text"].to_pylist())
+    try:
+        counts = vectorizer.fit_transform(texts)
+    except ValueError:  # no word stands twice, or there are no words between spaces
+        vectorizer = TfidfVectorizer(**_NGRAM | {"analyzer": "char", "min_df": 1})
+        counts = vectorizer.fit_transform(texts)
     seen = {split: vectorizer.transform(table["text"].to_pylist()) for split, table in rows.items()}
     best = -1.0
     tables: dict[tuple[str, str], pa.Table] = {}

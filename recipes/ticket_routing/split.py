@@ -121,13 +121,15 @@ def by_column(values: Sequence[str | None], rows: Sequence[int], where: str) -> 
     return result
 
 
-def carve_validation(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: DataConfig) -> np.ndarray:
-    """A validation split out of the training rows, where the user's own split has none."""
+def carve(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: DataConfig, missing: int) -> np.ndarray:
+    """A validation or test split out of the training rows, where the user's own split has none."""
     rows = np.flatnonzero(split_of == TRAIN)
-    share = min(0.5, config.validation_share / max(1e-9, 1 - config.test_share))
+    shares = {VALIDATION: config.validation_share, TEST: config.test_share}
+    share = min(0.5, shares[missing] / max(1e-9, 1 - shares[VALIDATION + TEST - missing]))
+    # Dealt out as a validation split in either case.
     part = config.model_copy(update={"validation_share": share, "test_share": 0.0})
     result = split_of.copy()
-    result[rows] = stratified(labels[rows], groups[rows], part)
+    result[rows[stratified(labels[rows], groups[rows], part) == VALIDATION]] = missing
     return result
 
 

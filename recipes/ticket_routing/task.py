@@ -160,14 +160,21 @@ def _load_pretrained(source: str, revision: str | None, labels: list[str], dropo
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
         if dropout is not None:
-            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-                if hasattr(config, key):
+            for key, value in config.to_dict().items():
+                # hidden_dropout_prob, attention_dropout, seq_classif_dropout …: each model has its own names.
+                if "dropout" in key and isinstance(value, float | int) and not isinstance(value, bool):
                     setattr(config, key, dropout)
         return AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, use_safetensors=True, trust_remote_code=False, **options
+            source,
+            config=config,
+            dtype=torch.float32,  # whatever it was stored in: the toolkit's precisions compute over fp32 weights
+            ignore_mismatched_sizes=True,  # a head for other labels is made anew
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"model.pretrained is {source}, which could not be loaded: {str(error).splitlines()[0]}\n"
+            f"model.pretrained is {source}, which could not be loaded: {(str(error).splitlines() or [''])[0]}\n"
             "Give a folder with config.json and model.safetensors, or a hub name that this machine can reach."
         ) from error

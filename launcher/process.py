@@ -71,8 +71,9 @@ class Supervisor:
 
     def run_to_end(self, command: list[str], environment: dict[str, str], watch: Callable[[], None]) -> None:
         """Start `command` and wait, calling `watch` often. Returns when all went well, else raises the cause."""
-        # What was ignored when we started stays so: nohup does that.
-        heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+        # nohup has SIGHUP ignored, and that stays so.
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in _FORWARDED if not (number == signal.SIGHUP and under_nohup)]
         previous = {number: signal.signal(number, self._on_signal) for number in heard}
         log = self.run.logs / "launcher.log"
         try:

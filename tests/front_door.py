@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,10 @@ def dist_train(arguments: list[str], cwd: Path, **extra: str) -> subprocess.Comp
     )
 
 
-def start(arguments: list[str], cwd: Path, **extra: str) -> subprocess.Popen[str]:
+def start(arguments: list[str], cwd: Path, under: Sequence[str] = (), **extra: str) -> subprocess.Popen[str]:
+    """Start the command, and go on; under: what starts it, for example nohup."""
     return subprocess.Popen(
-        [sys.executable, "-m", "launcher", *arguments],
+        [*under, sys.executable, "-m", "launcher", *arguments],
         cwd=cwd,
         env=environment(cwd, PYTHONPATH=str(Path(__file__).parent.parent), **extra),
         stdout=subprocess.PIPE,

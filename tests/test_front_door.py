@@ -212,12 +212,13 @@ def test_ctrl_c_while_the_ranks_still_import_saves_the_first_step(desk: Path) ->
     assert "after step 1; the checkpoint of that step is saved" in output
 
 
-def test_a_run_whose_output_nobody_reads_any_more_goes_on_to_its_report(desk: Path) -> None:
+def test_a_run_under_nohup_whose_output_nobody_reads_any_more_goes_on_to_its_report(desk: Path) -> None:
     run = desk / "runs" / "unread"
-    process = start(_run(run.name), desk)
+    process = start(_run(run.name), desk, under=["nohup"])
     wait_for_step(run, 5)
     assert process.stdout is not None
     process.stdout.close()
+    process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0
     _assert_same_result(run, desk / "runs" / "whole2")
     assert (run / "report.html").is_file()

@@ -22,7 +22,7 @@ def make_tokenizer(config: Config, train_texts: Iterable[str], folder: Path) -> 
         return _load(ready, config.model.revision, config.data.max_tokens, folder)
     tokenizer = _train(train_texts, config.data.vocab_size)
     tokenizer.enable_truncation(config.data.max_tokens)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _write(tokenizer, folder)
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.data.max_tokens,
@@ -62,6 +62,11 @@ def _train(texts: Iterable[str], vocab_size: int) -> Any:
     return tokenizer
 
 
+def _write(tokenizer: Any, folder: Path) -> None:
+    # Not the library's own save, whose errors do not say that a disk is full.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
 def _load(source: str, revision: str | None, max_tokens: int, folder: Path) -> Any:
     from tokenizers import Tokenizer
 
@@ -89,5 +94,5 @@ def _load(source: str, revision: str | None, max_tokens: int, folder: Path) -> A
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _write(tokenizer, folder)
     return tokenizer

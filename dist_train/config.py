@@ -38,8 +38,8 @@ class Section(BaseModel):
 class TrainConfig(Section):
     global_batch_size: Positive = 64
     """Samples of one optimizer step over all ranks; the result depends on this number, never on the hardware."""
-    micro_batch_size: Positive | None = None
-    """Most samples that one rank runs in one forward pass; null lets the plan choose."""
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+    """Most samples that one rank runs in one forward pass. auto: the most that fits, by the plan."""
     steps: Positive | None = None
     """Optimizer steps to train; null when `epochs` is given."""
     epochs: Positive | None = None
@@ -50,6 +50,12 @@ class TrainConfig(Section):
     """Stop early at this step with the schedule of the full length unchanged (staged runs); null trains to the end."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay per step of an exponential moving average of the weights, used for evaluation; null turns it off."""
+    activation_checkpointing: Flag = False
+    """Keep only the inputs of each block and compute the rest again in the backward pass: less memory, more time."""
+    compile: Flag = False
+    """Compile each block with torch.compile, for any row length; the first steps then take longer."""
+    deterministic: Flag = False
+    """Deterministic GPU kernels: the same bits on every run of the same hardware, at the price of speed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -84,8 +90,16 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """How training is spread over the ranks. auto: the least sharding that fits."""
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp"] = "auto"
+    """How training is spread over the ranks; the result is the same. auto: the least sharding that fits."""
+    offload: Literal["optimizer", "parameters"] | None = None
+    """Keep the optimizer's state (zero1 to zero3), or parameters too (zero3), in the CPU's memory; null: neither."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """In what precision gradients are summed over the ranks; bf16 halves the bytes and changes the result a little."""
+    deepspeed_config: Path | None = path_field(None)
+    """Your own DeepSpeed JSON to build on (zero1, zero2, zero3); what contradicts the recipe is refused."""
+    accelerate_config: Path | None = path_field(None)
+    """Your own Accelerate YAML to build on; what contradicts the recipe is refused."""
     nodes: Positive = 1
     """Number of machines."""
     processes_per_node: Positive | None = None
@@ -95,6 +109,26 @@ class ParallelConfig(Section):
     timeout_s: Positive = 600
     """Longest wait for the other ranks in one collective before the run ends and names the missing rank."""
 
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        allowed = {"optimizer": ("zero1", "zero2", "zero3"), "parameters": ("zero3",), None: (self.strategy,)}
+        if self.strategy not in allowed[self.offload]:
+            raise ValueError(
+                f"parallel.offload is {self.offload}, which goes with parallel.strategy "
+                f"{' or '.join(allowed[self.offload])}, not with {self.strategy}: set parallel.strategy to "
+                f"{allowed[self.offload][-1]}, or parallel.offload to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_config_needs_zero(self) -> Self:
+        if self.deepspeed_config is not None and not self.strategy.startswith("zero"):
+            raise ValueError(
+                f"parallel.deepspeed_config is given, but parallel.strategy is {self.strategy}: set it to zero1, zero2 "
+                "or zero3, or parallel.deepspeed_config to null"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     every_steps: Positive | None = None
@@ -103,6 +137,8 @@ class CheckpointConfig(Section):
     """Save when so many minutes have passed since the last save; null turns it off."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that are kept; the best one is kept beside them."""
+    asynchronous: Flag = True
+    """Write from a copy in the background: training stops for the copy alone; false: it stops for the whole save."""
 
 
 class EvalConfig(Section):
@@ -158,3 +194,12 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _compile_needs_whole_blocks(self) -> Self:
+        if self.train.compile and self.parallel.strategy == "zero3":
+            raise ValueError(
+                "train.compile is true, but under parallel.strategy zero3 DeepSpeed's hooks fetch the weights inside "
+                "each block, which torch.compile cannot trace: set train.compile to false, or parallel.strategy to fsdp"
+            )
+        return self

@@ -34,6 +34,9 @@ RESUMABLE = (
     "track.*",
     "train.stop_after_steps",
     "train.micro_batch_size",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.deterministic",
     "eval.batch_size",
     "data.cache_dir",
 )
@@ -135,7 +138,7 @@ def result_fingerprint(config: RunConfig) -> str:
         name: value
         for name, value in flatten(config).items()
         # A key that a later version adds, off by default, changes nothing.
-        if value is not None and name not in ("name", "output_dir") and not _is_resumable(name)
+        if value is not None and value is not False and name not in ("name", "output_dir") and not _is_resumable(name)
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -34,6 +34,12 @@ class LaunchPlan:
     steps_per_epoch: int
     steps: int
     """Optimizer steps of the whole schedule."""
+    offload: str | None = None
+    communication: str = "fp32"
+    """Precision in which gradients are summed over the ranks."""
+    activation_checkpointing: bool = False
+    compile: bool = False
+    deterministic: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -58,7 +64,7 @@ class LaunchPlan:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> LaunchPlan:
-        fields = {name: value[name] for name in LaunchPlan.__dataclass_fields__}
+        fields = {name: value[name] for name in LaunchPlan.__dataclass_fields__ if name in value}
         return LaunchPlan(**{**fields, "gpu_ids": tuple(fields["gpu_ids"]), "notes": tuple(fields["notes"])})
 
 
@@ -79,8 +85,8 @@ def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size
             f"parallel.strategy is single, but {world} ranks were asked for: "
             "set parallel.strategy to ddp or auto, or parallel.processes_per_node to 1."
         )
-    if strategy == "ddp" and world == 1:
-        notes.append("parallel.strategy ddp on one rank is the same as single")
+    if strategy != "single" and world == 1:
+        notes.append(f"parallel.strategy {strategy} on one rank shards nothing")
     train = config.train
     if train.global_batch_size < world:
         raise ConfigError(
@@ -115,6 +121,11 @@ def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size
         rows=train_rows,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
+        offload=config.parallel.offload,
+        communication=config.parallel.communication,
+        activation_checkpointing=train.activation_checkpointing,
+        compile=train.compile,
+        deterministic=train.deterministic,
         notes=tuple(notes),
     )
 
@@ -144,7 +155,7 @@ def _micro_batches(config: RunConfig, device: str, world_size: int) -> tuple[int
     size = config.train.global_batch_size
     per_rank = -(-size // world_size)
     given = config.train.micro_batch_size
-    if given is not None:
+    if given != "auto":
         return min(given, per_rank), num_micro_batches(size, world_size, min(given, per_rank))
     if device == "cuda":
         return per_rank, 1

@@ -1,23 +1,31 @@
-"""The only file that imports accelerate: ranks, devices, precision, wrapping, backward, clipping and collectives."""
+"""The only file that imports accelerate and deepspeed: ranks, devices, precision, strategies, the step, collectives."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import os
+import socket
+import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from dist_train.blocks import checkpoint_activations, compile_blocks
+from dist_train.config import OptimConfig
+from dist_train.optim import make_optimizer
+from dist_train.plan import LaunchPlan
+from dist_train.scaler import LossScaler
+from dist_train.strategy_fsdp import Fsdp
+from dist_train.strategy_replicated import Replicated
+from dist_train.strategy_zero import Zero
 from dist_train.task import Batch
 
-# Accelerate's words for the precisions.
-_MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+Strategy = Replicated | Fsdp | Zero
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
@@ -28,89 +36,134 @@ class Engine:
     seen as a hang in one of some twenty runs.
     """
 
-    def __init__(self, device: str, precision: str, timeout_s: int) -> None:
-        """device: "cpu" or "cuda"; precision: "fp32", "bf16" or "fp16", each over fp32 parameters."""
-        self.accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision=_MIXED_PRECISION[precision],
-            gradient_accumulation_steps=1,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)),
-            ],
-        )
-        self.rank = self.accelerator.process_index
-        self.world_size = self.accelerator.num_processes
-        self.device = self.accelerator.device
-        self.scaler: torch.amp.GradScaler | None = self.accelerator.scaler
+    def __init__(self, plan: LaunchPlan, timeout_s: int, deepspeed: dict[str, Any] | None = None) -> None:
+        """deepspeed: the complete DeepSpeed config for zero1, zero2 and zero3."""
+        self.plan = plan
+        # torch's and DeepSpeed's own calls of names that torch is about to rename, one warning a collective.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+        self.accelerator = _accelerator(plan, timeout_s, deepspeed)
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.scaler = LossScaler(self.device) if plan.precision == "fp16" else None
+        self._autocast = _AUTOCAST[plan.precision]
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        if plan.deterministic:
+            torch.use_deterministic_algorithms(True)
 
-    def prepare(self, model: nn.Module) -> None:
-        """Move and wrap the model. `self.module` is the bare one: its names do not depend on the wrapper."""
-        self.module = model
-        model.to(self.device)
-        self.wrapped = self.accelerator.prepare_model(model)
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def prepare(self, model: nn.Module, config: OptimConfig) -> None:
+        """Wrap the model and make its optimizer. `self.module` is the bare model: its names do not depend on the
+        strategy, and what touches its weights goes through `self.strategy`."""
+        plan = self.plan
+        if plan.activation_checkpointing:
+            checkpoint_activations(model)
+        if plan.compile:
+            compile_blocks(model)
+
+        def optimizer(leaves: list[Tensor]) -> torch.optim.Optimizer:
+            return make_optimizer(leaves, config)
+
+        bf16 = plan.communication == "bf16"
+        self.clip_norm = config.clip_norm
+        self.strategy: Strategy
+        if plan.strategy.startswith("zero"):
+            self.strategy = self._prepare_zero(model, optimizer)
+        elif plan.strategy == "fsdp":
+            self.strategy = Fsdp(model, self.device, self.world_size, optimizer, bf16)
+        else:
+            model.to(self.device)
+            self.strategy = Replicated(model, self.accelerator.prepare_model(model), optimizer, bf16)
+        self.module = self.strategy.module
+
+    def _prepare_zero(self, model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> Zero:
+        from deepspeed.utils import safe_get_full_grad
+
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        wrapped, _ = self.accelerator.prepare(model, optimizer(trained))
+        return Zero(wrapped, int(self.plan.strategy[-1]), self.rank, safe_get_full_grad)
 
     def to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def forward(self, batch: Batch) -> Any:
+        """The module's answer under the plan's precision. Under zero3 and fsdp every rank must call it as often."""
+        if isinstance(self.strategy, Zero):
+            return self.strategy.forward(batch)  # DeepSpeed has its own switch for autocast
+        cache = self.strategy.autocast_caches
+        with torch.autocast(self.device.type, self._autocast, self._autocast is not None, cache):
+            return self.strategy.forward(batch)
+
     def backward(self, batch: Batch, total_weight: float, last: bool) -> Tensor:
         """Add the gradient of loss_sum / total_weight of this micro-batch. Returns the loss sum, detached.
 
-        total_weight is that of the whole step over all ranks; DDP averages over the ranks, which the factor undoes.
-        The gradients travel with the `last` micro-batch of the step.
+        total_weight is that of the whole step over all ranks; every strategy averages over the ranks, which the factor
+        undoes. `last`: of the step.
         """
-        with self._synchronised(last):
-            loss_sum = self.wrapped(batch)
+        with self.strategy.micro_batch(last):
+            loss_sum = self.forward(batch)
             scaled = loss_sum * (self.world_size / total_weight)
             if self.scaler is not None:
-                scaled = self.scaler.scale(scaled)
-            scaled.backward()
+                scaled = scaled * self.scaler.scale
+            self.strategy.backward(scaled)
         return loss_sum.detach()
 
     def warm_up(self, batch: Batch) -> None:
-        """One backward whose result is thrown away. DDP lays out its buckets anew after the first one; without this the
-        first step after a resume would sum in another order than the same step of an uninterrupted run."""
-        if self.world_size == 1:
-            return
-        buffers = [buffer.clone() for buffer in self.module.buffers()]
-        self.backward(batch, 1.0, last=True)
-        self.zero_grad()
-        for buffer, before in zip(self.module.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        """What must run once, and be thrown away, before the first step is like all others."""
 
-    def clip(self, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> float:
-        """Clip by the true global norm and return it; inf or NaN means that the step must be skipped."""
+        def run() -> None:
+            buffers = [buffer.clone() for buffer in self.module.buffers()]
+            self.backward(batch, 1.0, last=True)
+            self.strategy.zero_grad()
+            for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+        self.strategy.warm_up(run)
+
+    def step(self, wishes: Tensor) -> StepOutcome:
+        """Sum `wishes` [n] (float64) over the ranks, clip by the true global norm, and update the weights unless a
+        gradient was not finite: decided on the device and alike on all ranks, without waiting for it."""
+        scale = None if self.scaler is None else self.scaler.scale
+        if isinstance(self.strategy, Zero):
+            sums = self._all_reduce(wishes)
+            norm, nonfinite = self.strategy.step(scale)
+        else:
+            sums, norm, nonfinite = self._clip_and_step(wishes, scale)
         if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
-        limit = float("inf") if clip_norm is None else clip_norm
-        return float(nn.utils.clip_grad_norm_(self.parameters, limit))
+            self.scaler.update(nonfinite)
+        at_bottom = torch.ones_like(norm) if self.scaler is None else self.scaler.at_bottom()
+        return StepOutcome(torch.cat([sums, torch.stack([norm, nonfinite, at_bottom])]))
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> None:
-        """Update the weights if the gradients are finite, and drop the gradients in either case."""
-        if self.scaler is not None:
-            # The scaler skips by itself, and learns from it.
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        elif finite:
-            optimizer.step()
-        self.zero_grad()
+    def _clip_and_step(self, wishes: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        strategy, optimizer = self.strategy, self.strategy.optimizer
+        assert not isinstance(strategy, Zero)
+        strategy.collect_gradients()
+        gradients = [leaf.grad for leaf in strategy.leaves if leaf.grad is not None]
+        square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        if isinstance(strategy, Replicated):
+            square = square / self.world_size  # every rank has the same, and adds its share
+        sums = self._all_reduce(torch.cat([wishes, square[None]]))
+        norm = sums[-1].sqrt() if scale is None else sums[-1].sqrt() / scale
+        nonfinite = (~torch.isfinite(norm)).double()
+        # The fused optimizers divide by grad_scale and skip where found_inf is set, all on the device.
+        limit = float("inf") if self.clip_norm is None else self.clip_norm
+        factor = ((norm + 1e-6) / limit).clamp(min=1.0)
+        optimizer.grad_scale = (factor if scale is None else factor * scale).float()  # type: ignore[attr-defined]
+        optimizer.found_inf = nonfinite.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        strategy.zero_grad()
+        return sums[:-1], norm, nonfinite
 
-    def zero_grad(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+    def _all_reduce(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Elementwise sum over the ranks in one collective, in double precision."""
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        return self._all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def gather_rows(self, array: np.ndarray) -> np.ndarray:
         """Concatenate the ranks' arrays along the first axis, on every rank."""
@@ -139,10 +192,64 @@ class Engine:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    @contextlib.contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        if last or self.world_size == 1:
-            yield
-        else:
-            with self.wrapped.no_sync():
-                yield
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """What is computed, kept and sent in which precision."""
+        return {
+            "compute": self.plan.precision,
+            "parameters": "fp32",
+            "communication": self.plan.communication if self.world_size > 1 else "none (one rank)",
+        }
+
+
+class StepOutcome:
+    """What a step came to, on its way from the device to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = values
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[list[float], float, bool, bool]:
+        """(sums of the wishes, gradient norm, whether it was finite, whether the loss scale can fall no further).
+
+        Waits until the step has run; a step later it has.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        *sums, norm, nonfinite, at_bottom = self._host.tolist()
+        return sums, norm, nonfinite == 0.0, at_bottom > 0.0
+
+
+def _accelerator(plan: LaunchPlan, timeout_s: int, deepspeed: dict[str, Any] | None) -> Any:
+    """The Accelerator of the plan. Its own mixed precision stays off: one autocast serves every strategy alike."""
+    if plan.strategy != "single" and "RANK" not in os.environ:
+        _make_world_of_one()
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))
+    cpu = plan.device == "cpu"
+    if plan.strategy.startswith("zero"):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            # Without this first, Accelerate believes in a world of one on CPU ranks and DeepSpeed refuses the batch.
+            PartialState(cpu=True, timeout=timeout.timeout)
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed)
+        return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[timeout])
+    reduction = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[reduction, timeout])
+
+
+def _make_world_of_one() -> None:
+    """Sharding needs a process group, also when this process was started by itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ.update(names, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

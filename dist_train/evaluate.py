@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from dist_train.data import row_seeds
 from dist_train.engine import Engine
@@ -12,21 +11,23 @@ from dist_train.task import Rows, Task
 
 
 def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[str, np.ndarray]:
-    """The bare module's outputs for all `rows`, in their order, on every rank.
+    """The module's outputs for all `rows`, in their order, on every rank.
 
     Rows of one length share a batch; which rank ran a row changes nothing but rounding.
     """
     module = engine.module
     order = np.argsort(-rows.lengths, kind="stable")
     mine = order[engine.rank :: engine.world_size]
+    # As many forward passes on every rank: under zero3 and fsdp each one is a collective. At least one, so that each
+    # rank knows the outputs' names and shapes.
+    batches = max(1, -(-len(order) // (engine.world_size * batch_size)))
     outputs: list[dict[str, np.ndarray]] = []
     was_training = module.training
     module.eval()
     with torch.no_grad():
-        # Every rank runs at least one batch, so that each knows the outputs' names and shapes.
-        for start in range(0, max(len(mine), 1), batch_size):
-            chosen = mine[start : start + batch_size] if len(mine) else order[:1]
-            outputs.append(_forward(engine, task, module, rows, chosen))
+        for index in range(batches):
+            chosen = mine[index * batch_size : (index + 1) * batch_size]
+            outputs.append(_forward(engine, task, rows, chosen if len(chosen) else order[:1]))
     module.train(was_training)
     ids = engine.gather_rows(rows.ids[mine])
     gathered = {
@@ -41,8 +42,8 @@ def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[st
     return {name: values[back] for name, values in gathered.items()}
 
 
-def _forward(engine: Engine, task: Task, module: nn.Module, rows: Rows, chosen: np.ndarray) -> dict[str, np.ndarray]:
+def _forward(engine: Engine, task: Task, rows: Rows, chosen: np.ndarray) -> dict[str, np.ndarray]:
     batch = task.collate(rows.take(chosen), row_seeds(0, 0, rows.ids[chosen]))
     batch["weight"] = torch.from_numpy(rows.weights[chosen]).float()
-    result = module(engine.to_device(batch))
+    result = engine.forward(engine.to_device(batch))
     return {name: value.float().cpu().numpy() for name, value in result.items()}

@@ -14,7 +14,6 @@ from torch import nn
 
 from dist_train import checkpoint, checkpoint_files
 from dist_train.data import row_seeds
-from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, Preempted, StorageError
 from dist_train.evaluate import evaluate
 from dist_train.events import log_event
@@ -30,7 +29,7 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
     best/ and the run's own report are of the best checkpoint; those of another lie apart.
     """
     run, engine, task, config = training.run, training.engine, training.task, training.config
-    step = _load_checkpoint(training, which)
+    step, reader = _load_checkpoint(training, which)
     is_best = step == _best_step(training)
     results = run if is_best else run.evaluation(step)
     for split in SPLITS:
@@ -39,7 +38,7 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
         if engine.rank == 0:
             write_table(results.prediction_file(split), task.predictions(split, outputs))
     if engine.rank == 0 and is_best:
-        _export(training, step)
+        _export(training, step, reader)
     # The other ranks are done: what follows needs no collective, and may take longer than one may wait for.
     if engine.rank == 0:
         if training.stop:
@@ -50,8 +49,8 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
             training.tracker.finish(report)
 
 
-def _load_checkpoint(training: Training, which: str) -> int:
-    """Put the weights of the checkpoint into the module. Returns its step."""
+def _load_checkpoint(training: Training, which: str) -> tuple[int, checkpoint.Reader]:
+    """Put the weights of the checkpoint into the module. Returns its step, and what reads it."""
     run, state = training.run, training.state
     steps = {"best": _best_step(training), "last": state.step}
     step = steps[which] if which in steps else int(which)
@@ -64,8 +63,9 @@ def _load_checkpoint(training: Training, which: str) -> int:
             f"Checkpoints that are there: {checkpoint_files.committed_steps(run.checkpoints)}. "
             f"Evaluate another with: dist-train eval {run.path} --checkpoint last"
         ) from damage
-    checkpoint.load_weights(training.engine.module, folder, manifest, use_ema=training.ema is not None)
-    return step
+    reader = checkpoint.Reader(folder, manifest)
+    checkpoint.load_weights(training.engine.strategy, reader, use_ema=training.ema is not None)
+    return step, reader
 
 
 def _best_step(training: Training) -> int:
@@ -85,18 +85,23 @@ def write_table(path: Path, table: Any) -> None:
         raise storage_error(path, error) from error
 
 
-def _export(training: Training, step: int) -> None:
-    """Write best/ beside the old one, load it back, and only then put it in its place."""
-    run, task, engine = training.run, training.task, training.engine
+def _export(training: Training, step: int, reader: checkpoint.Reader) -> None:
+    """Write best/ beside the old one, load it back, and only then put it in its place.
+
+    From the checkpoint's files, into a model of its own: no rank holds all weights under zero3 and fsdp.
+    """
+    run, task = training.run, training.task
+    model = task.build_model()
+    checkpoint.plain_model(model, reader, use_ema=training.ema is not None)
     temporary = run.path / ".best.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        task.save_model(engine.module, temporary)
+        task.save_model(model, temporary)
         write_json(temporary / "dist_train.json", {"run": run.name, "step": step})
     except OSError as error:
         raise storage_error(run.best, error) from error
-    _check_loads_back(engine, task.load_model(temporary), training)
+    _check_loads_back(model, task.load_model(temporary), training)
     old = run.path / ".best.old"
     shutil.rmtree(old, ignore_errors=True)
     if run.best.exists():
@@ -107,11 +112,11 @@ def _export(training: Training, step: int) -> None:
     log_event(run.events, "exported", step=step, folder=str(run.best))
 
 
-def _check_loads_back(engine: Engine, loaded: nn.Module, training: Training) -> None:
+def _check_loads_back(model: nn.Module, loaded: nn.Module, training: Training) -> None:
     """The exported folder holds the very weights, and they predict."""
     there = loaded.state_dict()
-    for name, tensor in engine.module.state_dict().items():
-        if name not in there or not torch.equal(tensor.cpu(), there[name].cpu()):
+    for name, tensor in model.state_dict().items():
+        if name not in there or not torch.equal(tensor, there[name].cpu()):
             raise StorageError(f"{training.run.best} could not be loaded back: {name} is not what was saved.")
     rows = training.task.rows("validation")
     few = np.arange(min(2, len(rows.ids)))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train import checkpoint, checkpoint_files
+from dist_train import checkpoint_files
+from dist_train.checkpoint import held_state
 from dist_train.config import RunConfig
 from dist_train.data import DROPOUT, Schedule, derive_seed, partition, prefetch, row_seeds
-from dist_train.engine import Engine
+from dist_train.engine import Engine, StepOutcome
 from dist_train.errors import NumericError, Preempted
 from dist_train.evaluate import evaluate
 from dist_train.events import log_event
@@ -22,6 +24,7 @@ from dist_train.meter import Meter
 from dist_train.optim import lr_at, set_lr
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir
+from dist_train.save import Saver
 from dist_train.stop import StopFlag
 from dist_train.task import Batch, Rows, Task
 from dist_train.track import Tracker
@@ -52,9 +55,10 @@ class Training:
     run: RunDir
     engine: Engine
     task: Task
-    optimizer: torch.optim.Optimizer
     state: TrainState
     ema: dict[str, Tensor] | None
+    """The moving average of each range of the weights that this rank holds."""
+    saver: Saver
     stop: StopFlag
     tracker: Tracker | None
     heartbeat: Heartbeat
@@ -73,6 +77,19 @@ class StepData:
     padded: int
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step whose kernels run, or wait to, on the device."""
+
+    step: int
+    """Its number, from 1."""
+    samples: int
+    """Trained up to its end."""
+    data: StepData
+    lr: float
+    outcome: StepOutcome
+
+
 def train(training: Training) -> None:
     """Train from training.state to the end of the schedule. Preempted after a signal; all is saved."""
     config, plan, state, engine = training.config, training.plan, training.state, training.engine
@@ -84,24 +101,32 @@ def train(training: Training) -> None:
     steps = prefetch(lambda step: make_step(training, rows, schedule, step), state.step, last_step)
     meter, saved_at, saved_step = Meter(), time.monotonic(), state.step
     engine.module.train()
+    before: Launched | None = None
     for index, data in enumerate(steps):
         if index == 0:
             _seed_model(training, 0)
             engine.warm_up(engine.to_device(data.batches[0]))
         wants_save = _minutes_passed(config.checkpoint.every_minutes, saved_at)
-        stop_asked, save_asked = _one_step(training, schedule, data, meter, wants_save)
-        since = meter.pause()
-        ended = state.step == last_step
-        improved = False
+        launched = _launch(training, schedule, data, wants_save)
+        # The step before this one has run by now: to read what it came to waits for nothing.
+        stop_asked, save_asked = _settle(training, before, meter)
+        before = launched
         # A staged stop is no reason to evaluate: the stages together must do what one run does.
-        if _evaluation_due(config, schedule, state.step, plan.steps):
-            improved = _evaluate(training)
-            ended = ended or state.stopped_early
+        evaluates = _evaluation_due(config, schedule, state.step, plan.steps)
         due = config.checkpoint.every_steps is not None and state.step % config.checkpoint.every_steps == 0
+        if not (evaluates or due or save_asked or stop_asked or state.step == last_step):
+            continue
+        stopped_now, _ = _settle(training, before, meter)
+        stop_asked, before = stop_asked or stopped_now, None
+        since = meter.pause()
+        improved = evaluates and _evaluate(training)
+        ended = state.step == last_step or state.stopped_early
         if (improved or due or save_asked or stop_asked or ended) and saved_step != state.step:
             save_checkpoint(training)
             saved_at, saved_step = time.monotonic(), state.step
         meter.resume(since)
+        if ended or stop_asked:
+            training.saver.finish()
         if ended:
             return
         if stop_asked:
@@ -109,21 +134,26 @@ def train(training: Training) -> None:
 
 
 def save_checkpoint(training: Training) -> None:
-    """Commit a checkpoint of the present state, then remove those that need not be kept."""
-    run, engine, state = training.run, training.engine, training.state
-    tensors = checkpoint.named_state(engine.module, training.optimizer, training.ema)
+    """Begin to save the present state; it is committed once every rank has written (see Saver)."""
+    engine, state = training.engine, training.state
     meta = {
         "state": asdict(state),
         "scaler": None if engine.scaler is None else engine.scaler.state_dict(),
         "fingerprints": training.fingerprints,
-        "run": run.name,
+        "run": training.run.name,
     }
+    held = held_state(engine.strategy, training.ema, engine.rank)
+    training.saver.start(held, state.step, meta)
 
-    def committed(folder: str) -> None:
-        log_event(run.events, "checkpoint_committed", step=state.step, folder=folder)
-        checkpoint_files.prune(run.checkpoints, training.config.checkpoint.keep_last)
 
-    checkpoint.save(run.checkpoints, engine, tensors, state.step, meta, committed)
+def make_saver(run: RunDir, engine: Engine, config: RunConfig) -> Saver:
+    """The saver of a run: each commit is an event, and then those that need not be kept are removed."""
+
+    def committed(step: int, folder: str) -> None:
+        log_event(run.events, "checkpoint_committed", step=step, folder=folder)
+        checkpoint_files.prune(run.checkpoints, config.checkpoint.keep_last)
+
+    return Saver(run.checkpoints, engine, config.checkpoint.asynchronous, committed)
 
 
 def make_step(training: Training, rows: Rows, schedule: Schedule, step: int) -> StepData:
@@ -147,37 +177,44 @@ def make_step(training: Training, rows: Rows, schedule: Schedule, step: int) -> 
     return StepData(batches, rows.ids[chosen], float(rows.weights[chosen].sum()), int(lengths.sum()), padded)
 
 
-def _one_step(
-    training: Training, schedule: Schedule, data: StepData, meter: Meter, wants_save: bool
-) -> tuple[bool, bool]:
-    """Forward, backward, agree, update, log. Returns what the ranks agreed on: (stop, save)."""
+def _launch(training: Training, schedule: Schedule, data: StepData, wants_save: bool) -> Launched:
+    """Forward, backward, agree, update: enqueued on the device, with nothing read back."""
     config, plan, state, engine = training.config, training.plan, training.state, training.engine
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     for index, batch in enumerate(data.batches):
         _seed_model(training, index)
         last = index == len(data.batches) - 1
         loss_sum += engine.backward(engine.to_device(batch), data.total_weight, last).double()
-    # One collective carries the loss and both wishes; the gradients are already summed.
-    loss, stop, save = engine.sum_over_ranks([float(loss_sum), float(bool(training.stop)), float(wants_save)])
-    gradient_norm = engine.clip(training.optimizer, config.optim.clip_norm)
-    finite = bool(np.isfinite(gradient_norm))
     lr = lr_at(state.step, plan.steps, config.optim)
-    set_lr(training.optimizer, lr)
-    engine.step(training.optimizer, finite)
-    if finite and training.ema is not None and config.train.ema_decay is not None:
-        _update_ema(training.ema, engine.module, config.train.ema_decay)
+    set_lr(engine.strategy.optimizer, lr)
+    # One collective carries the loss and what the ranks must agree on.
+    said = [float(bool(training.stop)), float(wants_save), *map(float, training.saver.wishes())]
+    wishes = torch.cat([loss_sum[None], torch.tensor(said, dtype=torch.float64).to(engine.device, non_blocking=True)])
+    outcome = engine.step(wishes)
+    if training.ema is not None and config.train.ema_decay is not None:
+        _update_ema(training, config.train.ema_decay)
     state.step += 1
     training.heartbeat.step = state.step
     state.samples = schedule.samples_before(state.step)
+    return Launched(state.step, state.samples, data, lr, outcome)
+
+
+def _settle(training: Training, launched: Launched | None, meter: Meter) -> tuple[bool, bool]:
+    """Read what a step came to, on all ranks alike, and log it. Returns (stop, save): what the ranks agreed on."""
+    if launched is None:
+        return False, False
+    config, plan, state, data = training.config, training.plan, training.state, launched.data
+    (loss, stop, save, written, failed), gradient_norm, finite, at_bottom = launched.outcome.read()
     # fp16 overflows now and then while its scale finds its place: that counts once the scale can fall no further.
-    hopeless = not finite and (engine.scaler is None or engine.scaler.get_scale() <= 1.0)
-    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + int(hopeless)
+    state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + int(at_bottom)
     meter.add(len(data.ids), data.useful, data.padded)
     if not finite:
-        _report_nonfinite(training, data)
-    if training.tracker is not None and (state.step % config.track.log_every_steps == 0 or state.step == plan.steps):
-        values = {"loss": loss / data.total_weight, "lr": lr, "grad_norm": gradient_norm, **meter.read()}
-        training.tracker.log("train", state.step, state.samples, values)
+        _report_nonfinite(training, launched)
+    step = launched.step
+    if training.tracker is not None and (step % config.track.log_every_steps == 0 or step == plan.steps):
+        values = {"loss": loss / data.total_weight, "lr": launched.lr, "grad_norm": gradient_norm, **meter.read()}
+        training.tracker.log("train", step, launched.samples, values)
+    training.saver.heard(written, failed)
     return stop > 0, save > 0
 
 
@@ -187,14 +224,14 @@ def _seed_model(training: Training, micro_batch: int) -> None:
     torch.manual_seed(derive_seed(DROPOUT, training.config.seed, state.step, micro_batch, engine.rank))
 
 
-def _report_nonfinite(training: Training, data: StepData) -> None:
-    state = training.state
+def _report_nonfinite(training: Training, launched: Launched) -> None:
+    state, step = training.state, launched.step
     if training.engine.rank == 0:
-        ids = [int(row) for row in data.ids[:64]]
-        log_event(training.run.events, "nonfinite_step", step=state.step, rows=ids, in_a_row=state.nonfinite_in_a_row)
+        ids = [int(row) for row in launched.data.ids]
+        log_event(training.run.events, "nonfinite_step", step=step, rows=ids, in_a_row=state.nonfinite_in_a_row)
     if state.nonfinite_in_a_row >= _MOST_NONFINITE:
         raise NumericError(
-            f"the gradient was not finite in {_MOST_NONFINITE} steps in a row, up to step {state.step}; the weights "
+            f"the gradient was not finite in {_MOST_NONFINITE} steps in a row, up to step {step}; the weights "
             "were not touched by them, and the last checkpoint is from before.\nThe rows of these steps are in "
             f"{training.run.events} (nonfinite_step). Start a new run with a lower optim.lr or in fp32."
         )
@@ -238,28 +275,30 @@ def _evaluate(training: Training) -> bool:
     return improved
 
 
-class averaged_weights:  # noqa: N801 - used as a with statement
+@contextlib.contextmanager
+def averaged_weights(training: Training) -> Iterator[None]:
     """Within it the module holds the moving average of the weights, if there is one."""
-
-    def __init__(self, training: Training) -> None:
-        self.module, self.ema = training.engine.module, training.ema
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.module.named_parameters():
-            if self.ema is not None:
-                held = parameter.clone()
-                parameter.copy_(self.ema[name])
-                self.ema[name].copy_(held)
+    _swap(training)
+    try:
+        yield
+    finally:
+        _swap(training)
 
 
 @torch.no_grad()
-def _update_ema(ema: dict[str, Tensor], module: torch.nn.Module, decay: float) -> None:
-    names = [name for name, _ in module.named_parameters()]
-    torch._foreach_lerp_([ema[name] for name in names], list(module.parameters()), 1.0 - decay)
+def _swap(training: Training) -> None:
+    if training.ema is None:
+        return
+    with training.engine.strategy.changing_weights(for_good=False) as weights:
+        for entry in weights:
+            held = entry.flat.clone()
+            entry.flat.copy_(training.ema[entry.name])
+            training.ema[entry.name].copy_(held)
+
+
+@torch.no_grad()
+def _update_ema(training: Training, decay: float) -> None:
+    """A skipped step counts as one that changed no weight."""
+    assert training.ema is not None
+    weights = [entry for entry in training.engine.strategy.weights() if entry.flat.numel()]
+    torch._foreach_lerp_([training.ema[entry.name] for entry in weights], [e.flat for e in weights], 1.0 - decay)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from dist_train.config import OptimConfig
 
@@ -30,22 +30,21 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(leaves: list[Tensor], weight_decay: float) -> list[dict[str, object]]:
     """Matrices with weight decay; biases, norms and other vectors without."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    groups: list[dict[str, object]] = [
+        {"params": [leaf for leaf in leaves if leaf.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [leaf for leaf in leaves if leaf.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD with momentum; fused on a GPU."""
-    groups = parameter_groups(model, config.weight_decay)
+def make_optimizer(leaves: list[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD with momentum, over parameters or the shards of them that a rank holds.
+
+    Always fused: one kernel for many tensors, which also unscales, clips and skips (engine.step).
+    """
+    groups = parameter_groups(leaves, config.weight_decay)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused or None
-    )
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -13,12 +13,12 @@ import torch
 from dist_train import checkpoint, checkpoint_files
 from dist_train.config import RunConfig
 from dist_train.data import INIT, derive_seed
+from dist_train.deepspeed_config import deepspeed_config
 from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.events import log_event, read_lines
 from dist_train.heartbeat import Heartbeat
-from dist_train.loop import Training, TrainState
-from dist_train.optim import make_optimizer
+from dist_train.loop import Training, TrainState, make_saver
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir
 from dist_train.stop import StopFlag
@@ -40,7 +40,8 @@ def build_training(
 
     fingerprints: what the result depends on beside the config, by name; a resume compares them.
     """
-    engine = Engine(plan.device, plan.precision, config.parallel.timeout_s)
+    deepspeed = deepspeed_config(plan, config.optim.clip_norm) if plan.strategy.startswith("zero") else None
+    engine = Engine(plan, config.parallel.timeout_s, deepspeed)
     if engine.world_size != plan.world_size:
         raise ConfigError(
             f"{engine.world_size} ranks were started, but the plan has {plan.world_size}: start the run with "
@@ -52,15 +53,13 @@ def build_training(
             "is missing. To train on the CPU hide the GPUs with CUDA_VISIBLE_DEVICES= (empty)."
         )
     torch.manual_seed(derive_seed(INIT, config.seed))
-    engine.prepare(task.build_model())
-    optimizer = make_optimizer(engine.module, config.optim)
+    engine.prepare(task.build_model(), config.optim)
     ema = None
     if config.train.ema_decay is not None:
-        ema = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+        ema = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
-    return Training(
-        config, plan, run, engine, task, optimizer, TrainState(), ema, stop, tracker, heartbeat, fingerprints
-    )
+    saver = make_saver(run, engine, config)
+    return Training(config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, fingerprints)
 
 
 def code_fingerprint(recipe_config: ModuleType) -> str:
@@ -79,6 +78,8 @@ def restore(training: Training, accepted: Collection[str] = ()) -> None:
     `accepted`.
     """
     run, engine = training.run, training.engine
+    if engine.rank == 0:
+        checkpoint_files.clean(run.checkpoints)  # before the others can begin to save
     manifest = engine.broadcast(_choose_checkpoint(run) if engine.rank == 0 else None)
     if isinstance(manifest, str):
         raise CheckpointError(manifest)
@@ -87,11 +88,11 @@ def restore(training: Training, accepted: Collection[str] = ()) -> None:
     _compare(training.fingerprints, manifest["fingerprints"], accepted)
     folder = checkpoint_files.step_folder(run.checkpoints, manifest["step"])
     # 1. weights and buffers  2. optimizer  3. moving average  4. loss scale  5. counters, the data position among them
-    checkpoint.load_weights(engine.module, folder, manifest, use_ema=False)
-    restored = checkpoint.load_optimizer(engine.module, training.optimizer, folder, manifest)
+    reader = checkpoint.Reader(folder, manifest)
+    checkpoint.load_weights(engine.strategy, reader, use_ema=False)
+    restored = checkpoint.load_optimizer(engine.strategy, reader)
     if training.ema is not None:
-        for name, tensor in checkpoint.read_tensors(folder, manifest, "ema/").items():
-            training.ema[name].copy_(tensor)  # in place: what was read lies on the CPU
+        checkpoint.load_average(engine.strategy, reader, training.ema)
     if engine.scaler is not None and manifest["scaler"]:
         engine.scaler.load_state_dict(manifest["scaler"])
     training.state = TrainState(**manifest["state"])

@@ -145,7 +145,18 @@ def train_tiny(path: Path, world_size: int, task: TinyTask, attempt: int = 1, **
     """Train and return the final weights."""
     training = make_training(path, world_size, task, attempt, **sections)
     train(training)
-    return {name: tensor.clone() for name, tensor in training.engine.module.state_dict().items()}
+    return full_weights(training)
+
+
+def full_weights(training: Training) -> dict[str, Tensor]:
+    """The whole weights and buffers, whatever part of them this rank holds."""
+    engine = training.engine
+    mine = [(entry.name, entry.shape, entry.start, entry.flat.clone()) for entry in engine.strategy.weights()]
+    whole: dict[str, Tensor] = {}
+    for held in engine.gather_objects(mine):
+        for name, shape, start, flat in held:
+            whole.setdefault(name, torch.zeros(shape)).view(-1)[start : start + len(flat)] = flat
+    return whole | {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
 
 
 def curve(path: Path, key: str = "loss") -> list[float]:

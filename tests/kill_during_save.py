@@ -23,15 +23,17 @@ FIRST, SECOND = 100, 200
 def save_at(training: Training, step: int) -> None:
     training.state.step = step
     save_checkpoint(training)
+    training.saver.finish()
 
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     shim = ctypes.CDLL(None)
     training = make_training(path, 1, TinyTask())
-    for parameter in training.engine.parameters:
-        parameter.grad = torch.ones_like(parameter)
-    training.optimizer.step()
+    strategy = training.engine.strategy
+    for leaf in strategy.leaves:
+        leaf.grad = torch.ones_like(leaf)
+    strategy.optimizer.step()
     root = training.run.checkpoints
     # Two are kept, so the third save also removes one.
     save_at(training, FIRST // 2)

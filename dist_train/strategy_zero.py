@@ -30,6 +30,7 @@ class Zero:
         self.shards_gradients = stage >= 2
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self._clip_norm = float(self._zero.clip_grad)
+        self._order = _FixedOrder(self._zero, [p for p in self.module.parameters() if p.requires_grad])
 
     def forward(self, batch: Batch) -> Any:
         return self._engine(batch)
@@ -42,6 +43,7 @@ class Zero:
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Stage 1 reduces at the boundary; stages 2 and 3 reduce each micro-batch and keep their part."""
         self._engine.set_gradient_accumulation_boundary(last)
+        self._order.begin()
         yield
 
     def step(self, loss_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -134,3 +136,39 @@ class Zero:
         """A collective for each."""
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         return {name: self._full_gradient(parameter) for name, parameter in named}
+
+
+class _FixedOrder:
+    """Hands gradients to DeepSpeed in one order on all ranks, whatever order the backward pass makes them in.
+
+    DeepSpeed (0.19) lays gradients into its buckets as they come and sums the buckets over the ranks by position. The
+    order can differ by rank: an LSTM over packed rows has another graph where the rows have other lengths. Then the
+    gradients of different parameters are added up, without a word (seen under stage 2 at 4 ranks).
+    """
+
+    def __init__(self, zero: Any, parameters: list[nn.Parameter]) -> None:
+        self._reduce = zero.reduce_ready_partitions_and_remove_grads
+        self._finish = zero.overlapping_partition_gradients_reduce_epilogue
+        zero.reduce_ready_partitions_and_remove_grads = self._arrived
+        zero.overlapping_partition_gradients_reduce_epilogue = self._ended
+        # About the order of a backward pass, so that few have to wait.
+        self._order = [id(parameter) for parameter in reversed(parameters)]
+        self._waiting: dict[int, tuple[Any, ...]] = {}
+        self._next = 0
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._next = 0
+
+    def _arrived(self, parameter: nn.Parameter, *group: int) -> None:
+        self._waiting[id(parameter)] = (parameter, *group)
+        while self._next < len(self._order) and self._order[self._next] in self._waiting:
+            self._reduce(*self._waiting.pop(self._order[self._next]))
+            self._next += 1
+
+    def _ended(self) -> None:
+        """The backward pass is over: what waited for a parameter without a gradient goes now."""
+        for key in self._order:
+            if key in self._waiting:
+                self._reduce(*self._waiting.pop(key))
+        self._finish()

@@ -23,8 +23,9 @@ from dist_train.resume import build_training, restore
 from dist_train.rundir import RunDir
 from dist_train.stop import StopFlag
 from dist_train.task import Batch, weighted_sum
+from tests.models import CLASSES, MODELS, VOCABULARY
 
-CLASSES, VOCABULARY, WIDTH = 3, 40, 16
+WIDTH = 16
 
 
 class TinyConfig(RunConfig):
@@ -81,9 +82,11 @@ class TinyTask:
     """Rows whose loss and gradient are NaN."""
     record: Path | None = None
     """Where the training rows that are taken are written down."""
+    model: str | None = None
+    """A model of tests.models; None is TinyModel."""
 
     def build_model(self) -> nn.Module:
-        return TinyModel(self.dropout)
+        return TinyModel(self.dropout) if self.model is None else MODELS[self.model]()
 
     def rows(self, split: str) -> TinyRows:
         if split == "train":

@@ -14,8 +14,17 @@ from typing import Any
 
 # Ranks fork from a server that has imported the heavy packages once.
 _CONTEXT = multiprocessing.get_context("forkserver")
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses its device when it is imported
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.tensor", "torch._dynamo", "accelerate", "dist_train.resume", "tests.fakes"]
+    [
+        "torch",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+        "accelerate",
+        "deepspeed",
+        "dist_train.resume",
+        "tests.fakes",
+    ]
 )
 
 

@@ -40,7 +40,7 @@ def test_the_shortest_schedules_train_too(total: int) -> None:
 def test_biases_and_norms_are_not_decayed() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.LayerNorm(3))
     model[1].weight.requires_grad = False
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = parameter_groups([leaf for leaf in model.parameters() if leaf.requires_grad], 0.1)
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 3)]
     assert [tuple(parameter.shape) for parameter in plain["params"]] == [(3,)] * 3
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -52,7 +52,7 @@ def test_one_step_is_that_of_the_formula(name: str) -> None:
     nn.init.ones_(model.weight)
     config = OptimConfig(name=name, lr=0.1, weight_decay=0.5, momentum=0.9)
     model.weight.grad = torch.full_like(model.weight, 2.0)
-    make_optimizer(model, config).step()
+    make_optimizer([model.weight], config).step()
     # AdamW: decay 1 - lr * wd, then the first step's size is lr. SGD: lr * (gradient + wd * weight).
     expected = 1 - 0.1 * 0.5 - 0.1 if name == "adamw" else 1 - 0.1 * (2.0 + 0.5)
     assert model.weight.item() == pytest.approx(expected, abs=1e-6)

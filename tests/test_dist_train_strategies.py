@@ -1,0 +1,180 @@
+"""A strategy is a deployment choice: all of them train the same curve, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.checkpoint import Reader
+from dist_train.checkpoint_files import newest_valid, step_folder
+from dist_train.loop import train
+from dist_train.rundir import RunDir
+from tests.fakes import TinyTask, curve, make_training, train_tiny
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+
+SHARDED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
+
+
+@functools.cache
+def _alone(model: str) -> dict[str, Any]:
+    return run_ranks(1, _curves, 1, model, "single", {})[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("model", ["transformer", "lstm", "cnn", "tied transformer"])
+def test_every_strategy_has_the_losses_norms_and_gradients_of_one_process(
+    model: str, strategy: str, world_size: int
+) -> None:
+    expected = _alone(model)
+    seen = run_ranks(world_size, _curves, world_size, model, strategy, {})
+    assert_same_curves(seen[0], expected)
+    whole = expected["parameter_bytes"]
+    for rank in seen:
+        if strategy in ("zero3", "fsdp"):
+            assert rank["parameter_bytes"] < 0.9 * whole
+        if strategy != "ddp":
+            assert rank["optimizer_bytes"] < 0.9 * expected["optimizer_bytes"]
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"micro_batch_size": 3}},
+        {"train": {"activation_checkpointing": True}},
+        {"train": {"global_batch_size": 13}},
+    ],
+    ids=["accumulation", "activation checkpointing", "uneven shares"],
+)
+def test_accumulation_checkpointing_and_uneven_shares_change_nothing(
+    strategy: str, sections: dict[str, dict[str, object]]
+) -> None:
+    world_one = {"train": {name: value for name, value in sections["train"].items() if name == "global_batch_size"}}
+    expected = run_ranks(1, _curves, 1, "transformer", "single", world_one)[0]
+    assert_same_curves(run_ranks(2, _curves, 2, "transformer", strategy, sections)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "offload"), [("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "parameters")]
+)
+def test_offload_changes_nothing(strategy: str, offload: str) -> None:
+    seen = run_ranks(2, _curves, 2, "transformer", strategy, {"parallel": {"offload": offload}})
+    assert_same_curves(seen[0], _alone("transformer"))
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_every_strategy_trains_on_one_rank_too(strategy: str) -> None:
+    assert_same_curves(run_ranks(1, _curves, 1, "transformer", strategy, {})[0], _alone("transformer"))
+
+
+def assert_same_curves(seen: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert len(seen["losses"]) == 20
+    np.testing.assert_allclose(seen["losses"], expected["losses"], rtol=1e-5)
+    np.testing.assert_allclose(seen["norms"], expected["norms"], rtol=1e-5)
+    for step, (mine, theirs) in enumerate(zip(seen["gradients"], expected["gradients"], strict=True), start=1):
+        assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs), f"gradient of step {step}"
+
+
+def _curves(world_size: int, model: str, strategy: str, sections: dict[str, dict[str, object]]) -> dict[str, Any]:
+    """20 steps: every loss, norm and whole gradient, and the bytes that this rank held."""
+    path = Path(tempfile.mkdtemp())
+    settings = {**sections, "parallel": {"strategy": strategy, **sections.get("parallel", {})}}
+    training = make_training(path, world_size, TinyTask(model=model), optim={"lr": 1e-3}, **settings)
+    engine, gradients = training.engine, []
+    step, outcomes = engine.step, []
+
+    def recorded(wishes: torch.Tensor) -> Any:
+        whole = engine.strategy.full_gradients()
+        gradients.append(torch.cat([whole[name].reshape(-1) for name in sorted(whole)]).numpy().copy())
+        outcomes.append(step(wishes))
+        return outcomes[-1]
+
+    engine.step = recorded  # type: ignore[method-assign]
+    train(training)
+    read = [outcome.read() for outcome in outcomes]
+    return {
+        "losses": [sums[0] for sums, *_ in read],
+        "norms": [norm for _, norm, *_ in read],
+        "gradients": gradients,
+        "parameter_bytes": sum(held.flat.nbytes for held in engine.strategy.weights()),
+        "optimizer_bytes": sum(held.flat.nbytes for held in engine.strategy.optimizer_state()),
+    }
+
+
+# What a resume must bring back beside the weights: moving average, buffers, optimizer state.
+RESUMED = {
+    "train": {"ema_decay": 0.9, "steps": 12, "micro_batch_size": 16},
+    "optim": {"lr": 1e-3},
+    "eval": {"every_steps": 6},
+}
+SAVED_AT, LAST = 7, 12
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each strategy stopped at step 7, and one that ran through."""
+    root = tmp_path_factory.mktemp("saved")
+    paths = {}
+    for strategy in ("single", *SHARDED):
+        world_size = 1 if strategy == "single" else 2
+        paths[strategy] = root / strategy
+        run_ranks(world_size, _train_to, paths[strategy], world_size, strategy, SAVED_AT)
+    paths["whole"] = root / "whole"
+    run_ranks(1, _train_to, paths["whole"], 1, "single", None)
+    return paths
+
+
+@pytest.mark.parametrize("after", ["single", *SHARDED])
+@pytest.mark.parametrize("before", ["single", *SHARDED])
+def test_every_strategy_goes_on_from_the_checkpoint_of_every_other(
+    saved: dict[str, Path], tmp_path: Path, before: str, after: str
+) -> None:
+    _go_on(saved[before], tmp_path / "run", [(after, 1 if after == "single" else 2, None)])
+    _assert_same_end(tmp_path / "run", saved["whole"])
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_two_ranks_then_one_then_four_go_on_alike(saved: dict[str, Path], tmp_path: Path, strategy: str) -> None:
+    _go_on(saved[strategy], tmp_path / "run", [(strategy, 1, 9), (strategy, 4, None)])
+    _assert_same_end(tmp_path / "run", saved["whole"])
+
+
+def _go_on(before: Path, path: Path, stages: list[tuple[str, int, int | None]]) -> None:
+    shutil.copytree(before, path)
+    for attempt, (strategy, world_size, stop) in enumerate(stages, start=2):
+        run_ranks(world_size, _train_to, path, world_size, strategy, stop, attempt)
+
+
+def _assert_same_end(path: Path, whole: Path) -> None:
+    assert len(curve(path)) == LAST
+    np.testing.assert_allclose(curve(path)[SAVED_AT:], curve(whole)[SAVED_AT:], rtol=1e-5)
+    mine, theirs = _end_state(path), _end_state(whole)
+    assert mine.keys() == theirs.keys()
+    for kind in ("optim/exp_avg/", "optim/exp_avg_sq/", "ema/", "buffer/", "optim/step/"):
+        names = [name for name in theirs if name.startswith(kind)]
+        assert names
+        a, b = (torch.cat([state[name].reshape(-1).double() for name in names]) for state in (mine, theirs))
+        assert float((a - b).norm() / b.norm()) < 1e-4, kind
+
+
+def _end_state(path: Path) -> dict[str, torch.Tensor]:
+    manifest, _ = newest_valid(RunDir(path).checkpoints)
+    assert manifest is not None
+    assert manifest["step"] == LAST
+    return Reader(step_folder(RunDir(path).checkpoints, LAST), manifest).whole("")
+
+
+def _train_to(path: Path, world_size: int, strategy: str, stop: int | None, attempt: int = 1) -> None:
+    settings = {**RESUMED, "parallel": {"strategy": strategy}}
+    settings["train"] = {**RESUMED["train"], "stop_after_steps": stop}
+    train_tiny(path, world_size, TinyTask(model="transformer"), attempt, **settings)

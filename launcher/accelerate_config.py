@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from dist_train.hardware import Hardware, find_gpu
 from dist_train.rank_environment import is_foreign, strategy_environment
 from dist_train.rundir import LAUNCHER_PID, RunDir
-from launcher.accelerate_base import on_top
 
 WORKER = "dist_train.worker"
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", None: "no"}
@@ -46,13 +45,10 @@ class Ranks(Protocol):
     def deterministic(self) -> bool: ...
 
 
-def accelerate_config(
-    ranks: Ranks, deepspeed_file: Path, base: dict[str, Any] | None = None, zero3_init: bool = False
-) -> dict[str, Any]:
+def accelerate_config(ranks: Ranks, deepspeed_file: Path, zero3_init: bool = False) -> dict[str, Any]:
     """Every key that Accelerate would otherwise take from the user's global default file.
 
-    base: the user's own, already checked; what it sets beside our keys is kept. zero3_init: have a script's model built
-    in shards under zero3.
+    zero3_init: have a script's model built in shards under zero3.
     """
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -92,7 +88,7 @@ def accelerate_config(
             "fsdp_offload_params": False,
             "fsdp_activation_checkpointing": ranks.activation_checkpointing,
         }
-    return config if base is None else on_top(base, config)
+    return config
 
 
 def distributed_type(ranks: Ranks) -> str:

@@ -114,10 +114,10 @@ def _contradictions(
         theirs, mine = value_at(base, key), value_at(ours, key)
         if key.endswith(".device"):
             mine = mine or "none"
+        if key == "train_batch_size":
+            mine = plain.get(setting)  # ours counts full micro-batches
         if theirs is None or theirs == "auto" or theirs == mine:
             continue
-        if key == "train_batch_size" and theirs == plain.get(setting):
-            continue  # ours is larger where the ranks' shares are uneven
         if key == "torch_autocast.dtype" and not value_at(ours, "torch_autocast.enabled"):
             continue
         stated = settings.stated(setting, plain.get(setting))

@@ -9,8 +9,8 @@ import shutil
 
 from dist_train.errors import ConfigError
 from dist_train.hardware import Hardware, find_gpu
-from dist_train.plan import LaunchPlan
 from dist_train.rank_environment import strategy_environment
+from launcher.accelerate_config import Ranks
 
 
 def check_imports(strategy: str = "auto") -> None:
@@ -39,11 +39,11 @@ def check_deepspeed_build(strategy: str, device: str) -> None:
         )
 
 
-def check_can_start(plan: LaunchPlan) -> None:
+def check_can_start(plan: Ranks) -> None:
     """What is planned can be started from here."""
     if plan.nodes > 1:
         raise ConfigError(
-            f"parallel.nodes is {plan.nodes}, but this command starts ranks on this machine alone: "
+            f"parallel.nodes (--nodes) is {plan.nodes}, but this command starts ranks on this machine alone: "
             "set parallel.nodes to 1. `dist-train plan` shows a plan for several nodes."
         )
     if plan.device == "cuda" and "+cpu" in importlib.metadata.version("torch"):
@@ -53,7 +53,7 @@ def check_can_start(plan: LaunchPlan) -> None:
         )
 
 
-def check_one_rank(plan: LaunchPlan) -> None:
+def check_one_rank(plan: Ranks) -> None:
     """--debug runs in one process."""
     if plan.world_size > 1:
         raise ConfigError(
@@ -62,7 +62,7 @@ def check_one_rank(plan: LaunchPlan) -> None:
         )
 
 
-def check_gpus(plan: LaunchPlan, hardware: Hardware) -> None:
+def check_gpus(plan: Ranks, hardware: Hardware) -> None:
     """Each GPU of parallel.gpu_ids is there, and named once."""
     found = [find_gpu(hardware.gpus, word) for word in plan.gpu_ids]
     if len(set(found)) < len(found) and None not in found:

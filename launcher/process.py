@@ -30,6 +30,7 @@ _GRACE_S = 10.0
 # A rank's own report of its failure needs so much.
 _LEAST_FREE_BYTES = 4096
 _TAIL_BYTES = 1 << 20
+_LAST_LINES = 8
 # NCCL's watchdog ends its process when a collective takes too long, and says so in the log alone.
 _TIMED_OUT = b"Watchdog caught collective operation timeout"
 
@@ -60,9 +61,11 @@ def read_ranks(run: RunDir, attempt: int) -> Ranks:
 class Supervisor:
     """Runs one attempt to its end."""
 
-    def __init__(self, run: RunDir, attempt: int) -> None:
+    def __init__(self, run: RunDir, attempt: int, own_script: bool = False) -> None:
+        """own_script: the ranks run a script of the user's, which saves and goes on in its own ways."""
         self.run = run
         self.attempt = attempt
+        self.own_script = own_script
         self.asked_to_stop = 0
         self._events_size = -1
         self._ranks = Ranks()
@@ -105,7 +108,8 @@ class Supervisor:
             if self.asked_to_stop > forwarded:
                 forwarded = self.asked_to_stop
                 if forwarded == 1:
-                    print("stopping: the step under way is ended and saved; once more to end at once.", flush=True)
+                    what = "the ranks are told to end" if self.own_script else "the step under way is ended and saved"
+                    print(f"stopping: {what}; once more to end at once.", flush=True)
                 self._tell_ranks(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
                 if forwarded > 1 or not self._ranks.pids:
                     return
@@ -151,10 +155,15 @@ class Supervisor:
             code = int(str(record["code"]))
             if code != CrashError.exit_code:
                 raise error_for_code(code)(str(record["message"]))
+        done = bool(ranks.pids) and ranks.finished == set(ranks.pids)
+        if self.own_script and self.asked_to_stop and not done:
+            raise _stopped(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
         if self._vanished and shutil.disk_usage(self.run.path).free < _LEAST_FREE_BYTES:
             # Its last words found no room.
             raise storage_error(self.run.events, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        timed_out = [rank for rank in self._vanished if _TIMED_OUT in _tail(self.run.rank_log(rank))]
+        timed_out = [
+            rank for rank in self._vanished if not self.own_script and _TIMED_OUT in _tail(self.run.rank_log(rank))
+        ]
         if timed_out:
             raise waited_in_vain(self.run, timed_out[0], timed_out)
         if self._vanished and not (self.asked_to_stop > 1):
@@ -166,7 +175,7 @@ class Supervisor:
         if ranks.failures:
             record = ranks.failures[0]
             raise CrashError(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
-        if ranks.pids and ranks.finished == set(ranks.pids):
+        if done:
             return  # whatever ended the process that started them
         if self.asked_to_stop:
             saved = any(self.run.checkpoints.glob("step-*"))
@@ -178,6 +187,10 @@ class Supervisor:
             )
 
     def _what_next(self, rank: int) -> str:
+        if self.own_script:
+            lines = _tail(self.run.rank_log(rank)).decode(errors="replace").splitlines()[-_LAST_LINES:]
+            shown = "".join(f"\n  | {line}" for line in lines)
+            return f"Its last lines:{shown}\nIts log: {self.run.rank_log(rank)}"
         return (
             f"Its log: {self.run.rank_log(rank)}\n"
             f"Go on from the newest checkpoint with: dist-train resume {self.run.path}"

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from dist_train.errors import ConfigError, CrashError, StorageError, ToolkitError
 from dist_train.events import current_attempt, log_event
@@ -36,9 +37,10 @@ def main(arguments: list[str]) -> int:
             join_cpu_ranks()
         code = _run(script)
     except ToolkitError as error:
+        print(f"{error.title}: {error}", file=sys.stderr, flush=True)
         return _report(run, attempt, rank, error)
     except BaseException as error:
-        traceback.print_exc()
+        traceback.print_exception(type(error), error, _own_part(error))
         last = traceback.format_exception_only(error)[-1].strip()
         return _report(run, attempt, rank, CrashError(f"rank {rank}: {last}{_place(error, command[0])}"))
     if code != 0:
@@ -80,6 +82,14 @@ def _run(script: Callable[[], object]) -> int:
     return 0
 
 
+def _own_part(error: BaseException) -> TracebackType | None:
+    """The traceback from the user's own code on, without what started it."""
+    part = error.__traceback__
+    while part is not None and part.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        part = part.tb_next
+    return part or error.__traceback__
+
+
 def _place(error: BaseException, path: str) -> str:
     """Where in the user's own file the error came from; empty where its file is not in the traceback."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -90,7 +100,6 @@ def _place(error: BaseException, path: str) -> str:
 
 def _report(run: RunDir, attempt: int, rank: int, error: ToolkitError) -> int:
     with contextlib.suppress(OSError, StorageError):
-        print(f"{error.title}: {error}", file=sys.stderr, flush=True)
         log_event(run.events, "failed", attempt=attempt, rank=rank, code=error.exit_code, message=str(error))
     return error.exit_code
 

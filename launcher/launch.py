@@ -140,6 +140,8 @@ def _run(directory: RunDir, plan: ScriptPlan, hardware: Hardware, command: list[
     precision = plan.precision or "the script's precision"
     print(f"run directory  {directory.path}")
     print(f"plan           {plan.world_size} x {plan.device}, {plan.strategy}, {precision}")
+    if plan.device == "cpu" and plan.strategy.startswith("zero"):
+        print("note           the Hugging Face Trainer finds its ranks under ZeRO on a CPU with use_cpu=True alone")
     print(f"logs           {directory.logs}; of rank 0 also here:", flush=True)
     tail = LogTail(directory.rank_log(0))
     Supervisor(directory, 1, own_script=True).run_to_end(started, environment, tail)

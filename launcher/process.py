@@ -7,6 +7,7 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,8 @@ _GRACE_S = 10.0
 _LEAST_FREE_BYTES = 4096
 _TAIL_BYTES = 1 << 20
 _LAST_LINES = 8
+# What torchrun writes into launcher.log.
+_FAILED_FIRST = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: (\d+)\)")
 # NCCL's watchdog ends its process when a collective takes too long, and says so in the log alone.
 _TIMED_OUT = b"Watchdog caught collective operation timeout"
 
@@ -156,8 +159,8 @@ class Supervisor:
             if code != CrashError.exit_code:
                 raise error_for_code(code)(str(record["message"]))
         done = bool(ranks.pids) and ranks.finished == set(ranks.pids)
-        if self.own_script and self.asked_to_stop and not done:
-            raise _stopped(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
+        if self.own_script and not done:
+            self._raise_cause_of_script(ranks)
         if self._vanished and shutil.disk_usage(self.run.path).free < _LEAST_FREE_BYTES:
             # Its last words found no room.
             raise storage_error(self.run.events, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -184,6 +187,24 @@ class Supervisor:
         if returncode != 0:
             raise CrashError(
                 f"the ranks could not be started (exit status {returncode}); see {self.run.logs / 'launcher.log'}."
+            )
+
+    def _raise_cause_of_script(self, ranks: Ranks) -> None:
+        """A script dies of the SIGTERM with which torchrun ends the others, so torchrun says who failed first."""
+        if self.asked_to_stop:
+            raise _stopped(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
+        failed_first = _FAILED_FIRST.search(_tail(self.run.logs / "launcher.log"))
+        if failed_first is None:
+            return
+        code, pid = int(failed_first[1]), int(failed_first[2])
+        rank = next((rank for rank, started in ranks.pids.items() if started == pid), None)
+        said = next((record for record in ranks.failures if record["rank"] == rank), None)
+        if rank is not None and said is not None:
+            raise CrashError(f"{said['message']}\n{self._what_next(rank)}")
+        if rank is not None:
+            raise CrashError(
+                f"rank {rank} (process {pid}) ended without a word, exit code {code}: killed from outside, out of "
+                f"memory perhaps, or by its own native code.\n{self._what_next(rank)}"
             )
 
     def _what_next(self, rank: int) -> str:

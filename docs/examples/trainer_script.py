@@ -4,6 +4,7 @@ python docs/examples/trainer_script.py
 dist-train launch --gpus-per-node 2 docs/examples/trainer_script.py -- --max_steps 20
 """
 
+import sys
 import tempfile
 
 import torch
@@ -42,13 +43,12 @@ def main() -> None:
     trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=SumOfTokens(512))
     result = trainer.train()
     if trainer.is_world_process_zero():
-        print(f"{arguments.world_size} ranks, {result.global_step} steps, loss {result.training_loss:.4f}")
+        kind = trainer.accelerator.distributed_type.value
+        print(f"{arguments.world_size} ranks, {kind}, {result.global_step} steps, loss {result.training_loss:.4f}")
 
 
 if __name__ == "__main__":
-    import sys
-
     with tempfile.TemporaryDirectory() as folder:
-        quick = ["--output_dir", folder, "--max_steps", "12", "--logging_steps", "4", "--report_to", "none"]
-        sys.argv[1:1] = [*quick, "--save_strategy", "no", "--per_device_train_batch_size", "8"]
+        quick = f"--output_dir {folder} --max_steps 12 --logging_steps 4 --report_to none --save_strategy no"
+        sys.argv[1:1] = [*quick.split(), "--average_tokens_across_devices", "false"]
         main()

@@ -246,6 +246,13 @@ def _accelerator(plan: LaunchPlan, timeout_s: int, deepspeed: dict[str, Any] | N
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[reduction, timeout])
 
 
+def join_cpu_ranks() -> None:
+    """For a user's own script under ZeRO on CPU ranks, which makes a bare Accelerator() later: see `_accelerator`."""
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+
+
 def _make_world_of_one() -> None:
     """Sharding needs a process group, also when this process was started by itself."""
     with socket.socket() as probe:

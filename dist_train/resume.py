@@ -13,6 +13,7 @@ import torch
 from dist_train import checkpoint, checkpoint_files
 from dist_train.config import RunConfig
 from dist_train.data import INIT, derive_seed
+from dist_train.deepspeed_base import deepspeed_base
 from dist_train.deepspeed_config import deepspeed_config
 from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, ConfigError
@@ -40,7 +41,8 @@ def build_training(
 
     fingerprints: what the result depends on beside the config, by name; a resume compares them.
     """
-    deepspeed = deepspeed_config(plan, config.optim.clip_norm) if plan.strategy.startswith("zero") else None
+    base = deepspeed_base(config)
+    deepspeed = deepspeed_config(plan, config.optim.clip_norm, base) if plan.strategy.startswith("zero") else None
     engine = Engine(plan, config.parallel.timeout_s, deepspeed)
     if engine.world_size != plan.world_size:
         raise ConfigError(

@@ -42,6 +42,7 @@ class RunDir:
         self.report_md = self.path / "report.md"
         self.report_html = self.path / "report.html"
         self.accelerate_config = self.path / "accelerate.yaml"
+        self.deepspeed_config = self.path / "deepspeed.json"
         self.heartbeats = self.path / ".heartbeats"
         self.wandb_id = self.path / "wandb_id"
         self._lock_file = self.path / ".lock"

@@ -1,40 +1,59 @@
-"""What each rank runs: python -m dist_train.worker RUN_DIR."""
+"""What each rank runs: python -m dist_train.worker RUN_DIR, or RECIPE [key=value ...] under any launcher."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
-from dist_train.errors import CrashError, Preempted, StorageError, ToolkitError
-from dist_train.events import current_attempt, log_event
+from dist_train.errors import CrashError, Preempted, StorageError, ToolkitError, error_for_code
+from dist_train.events import current_attempt, log_event, read_lines
 from dist_train.heartbeat import Heartbeat, waited_in_vain
+from dist_train.rank_environment import settle_environment, settle_rank_variables
+from dist_train.rank_process import die_with_launcher, redirect_output
 from dist_train.rundir import LAUNCHER_PID, RunDir
 from dist_train.stop import StopFlag
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> int:
     """Run this rank to its end. Returns the exit code; the cause of a failure is in events.jsonl."""
-    run = RunDir.existing(arguments[0])
+    settle_rank_variables()
+    if arguments and LAUNCHER_PID in os.environ and RunDir(arguments[0]).config.is_file():
+        return run_attempt(RunDir(arguments[0]), arguments[1:])
+    from dist_train.direct_start import RefusedElsewhereError, joined_run
+
+    terminal = os.dup(2)
+    try:
+        with joined_run(arguments) as (run, options):
+            code = run_attempt(run, options)
+            if code != 0 or os.environ.get("RANK", "0") == "0":
+                os.write(terminal, _last_words(run, code).encode())
+            return code
+    except RefusedElsewhereError as error:
+        return error.exit_code
+    except ToolkitError as error:
+        os.write(terminal, f"\n{error.title}: {error}\n".encode())
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_attempt(run: RunDir, arguments: list[str]) -> int:
+    """Train in the run that is there, as the rank that the environment names."""
     rank = int(os.environ.get("RANK", "0"))
     # Before the launcher knows our pid: a signal during the seconds of imports waits for the first step.
     stop = StopFlag()
     stop.install()
-    _die_with_launcher()
-    _redirect_output(run.rank_log(rank))
+    die_with_launcher()
+    redirect_output(run.rank_log(rank))
     heartbeat = Heartbeat(run, rank)
     attempt = current_attempt(run.events)
     log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), host=os.uname().nodename)
     try:
-        run_rank(run, attempt, stop, heartbeat, tuple(arguments[1:]))
+        run_rank(run, attempt, stop, heartbeat, tuple(arguments))
     except ToolkitError as error:
         return _report(run, attempt, rank, error)
     except BaseException as error:
@@ -64,6 +83,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     config = load_run_config(run)
     recipe = load_recipe(config.recipe)
     plan = LaunchPlan.from_json(json.loads(run.plan.read_text()))
+    settle_environment(plan.device, plan.strategy, plan.deterministic)
     facts = json.loads(run.data_facts.read_text())
     fingerprints = {
         "code": code_fingerprint(recipe.config),
@@ -90,22 +110,18 @@ def _report(run: RunDir, attempt: int, rank: int, error: ToolkitError) -> int:
     return error.exit_code
 
 
-def _redirect_output(path: Path) -> None:
-    """Everything this rank prints, native code included, goes to its own log."""
-    path.parent.mkdir(exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    faulthandler.enable()
-
-
-def _die_with_launcher() -> None:
-    """Have the kernel kill this rank when its parent dies, so that no killed launcher leaves training behind."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is not None and not Path(f"/proc/{launcher}").exists():
-        os._exit(CrashError.exit_code)  # it died before we could ask for that
+def _last_words(run: RunDir, code: int) -> str:
+    """What a rank that no launcher of ours watches says at its end."""
+    if code == 0:
+        with contextlib.suppress(StorageError):
+            log_event(run.events, "finished", attempt=current_attempt(run.events))
+        return f"\ndone: {run.report_html}\n"
+    attempt = current_attempt(run.events)
+    failures = [line for line in read_lines(run.events) if line["event"] == "failed" and line["attempt"] == attempt]
+    if not failures or failures[0]["rank"] != int(os.environ.get("RANK", "0")):
+        return ""  # the rank that failed first has said it
+    again = f"\nGo on with: -m dist_train.worker {run.path}" if code == CrashError.exit_code else ""
+    return f"\n{error_for_code(code).title}: {failures[0]['message']}{again}\n"
 
 
 if __name__ == "__main__":

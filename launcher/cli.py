@@ -14,6 +14,8 @@ from dist_train.errors import ToolkitError
 from launcher import complete
 from launcher.output import make_output_steady
 
+STRATEGIES = ["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="dist-train")
@@ -61,6 +63,36 @@ def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], deb
     from launcher.summary import print_summary
 
     print_summary(start.resume(run_dir, _all_settings(settings, flags, debug), list(accept), debug))
+
+
+@cli.command(
+    short_help="Start your own training script.",
+    context_settings={"allow_interspersed_args": False},
+    no_args_is_help=True,
+)
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[--] [ARGUMENTS]...")
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Number of machines.")
+@click.option("--gpus-per-node", type=click.IntRange(1), help="Ranks on each: GPUs, or CPU processes. Else every GPU.")
+@click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
+@click.option("--strategy", type=click.Choice(STRATEGIES), default="auto", show_default=True)
+@click.option("--offload", type=click.Choice(["optimizer", "parameters"]), help="What ZeRO keeps in the CPU's memory.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Else the script's own.")
+@click.option("--deepspeed-config", type=click.Path(), help="Your own DeepSpeed JSON to build on.")
+@click.option("--accelerate-config", type=click.Path(), help="Your own Accelerate YAML to build on.")
+@click.option("--name", help="Name of the run directory; else script and time.")
+@click.option("--output-dir", help="Folder that holds the run directories; else that of the site file, else runs.")
+def launch(script: str, arguments: tuple[str, ...], module: bool, **options: Any) -> None:
+    """Start SCRIPT, unchanged, on every rank, with generated Accelerate and DeepSpeed configs.
+
+    For scripts that use Accelerate, the Hugging Face Trainer or plain torch under torchrun. What follows SCRIPT is its
+    own: dist-train launch --gpus-per-node 2 train.py -- --lr 1e-3
+    """
+    from launcher.launch import launch_script
+
+    given = arguments[1:] if arguments[:1] == ("--",) else arguments
+    launch_script((["-m"] if module else []) + [script, *given], **options)
 
 
 @cli.command(short_help="Show what a run would do, and start nothing.")

@@ -8,8 +8,8 @@ from dist_train.plan import make_plan
 from dist_train.recipe import load_recipe
 from dist_train.report import build_report
 from dist_train.rundir import RunDir
-from launcher.preflight import check_gpus, check_imports, check_metric
-from launcher.start import kept_data, prepare_data, print_plan
+from dist_train.start_run import check_metric, kept_data, prepare_data, print_plan
+from launcher.preflight import check_gpus, check_imports
 
 
 def show_plan(recipe_name: str, overrides: list[str]) -> None:

@@ -2,66 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
-from pathlib import Path
 
-from dist_train.config import RunConfig
-from dist_train.errors import ConfigError, StorageError
+from dist_train.errors import ConfigError
 from dist_train.hardware import Hardware, find_gpu
-from dist_train.plan import LaunchPlan
-from dist_train.recipe import Recipe
-from dist_train.rundir import RunDir, name_taken, unwritable
-
-# Below this a run would hardly write its logs; the checkpoints' need is known once the model is.
-_LEAST_FREE_MIB = 64
+from dist_train.rank_environment import strategy_environment
+from launcher.accelerate_config import Ranks
 
 
-def check_imports() -> None:
+def check_imports(strategy: str = "auto") -> None:
     """The packages that the ranks import, found without importing them."""
-    missing = [name for name in ("torch", "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
+    needed = ["torch", "accelerate", "safetensors", *(["deepspeed"] if strategy.startswith("zero") else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} cannot be imported: install the project as its README says.")
 
 
-def check_metric(config: RunConfig, recipe: Recipe) -> None:
-    """eval.metric names a metric of the recipe that is better when higher."""
-    known = recipe.score.METRICS
-    if config.eval.metric is not None and config.eval.metric not in known:
-        raise ConfigError(f"eval.metric is {config.eval.metric}, but this recipe can choose by: {', '.join(known)}.")
-
-
-def check_output(run: RunDir) -> None:
-    """The run's name is free and its folder can be written, tried by writing. BusyError, StorageError."""
-    if run.path.exists() or run.path.is_symlink():
-        raise name_taken(run.path)
-    folder = _existing_parent(run.path.parent)
-    probe = folder / f".dist-train-probe-{os.getpid()}"
-    try:
-        # As root os.access says yes everywhere: only a write tells.
-        probe.write_bytes(b"\0" * 4096)
-        free_mib = shutil.disk_usage(folder).free / 2**20
-    except OSError as error:
-        raise unwritable(run.path.parent, error) from error
-    finally:
-        # Where the write has failed this fails with the same cause, which is being reported.
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-    if free_mib < _LEAST_FREE_MIB:
-        raise StorageError(
-            f"{folder} has {free_mib:.0f} MiB free, but a run needs {_LEAST_FREE_MIB} MiB at the very least: "
-            "free some space, or choose another folder with output_dir=..."
+def check_deepspeed_build(strategy: str, device: str) -> None:
+    """On CPU ranks DeepSpeed compiles an operator at its first start."""
+    if device != "cpu" or not strategy.startswith("zero"):
+        return
+    path = strategy_environment(device, strategy, deterministic=False).get("PATH")
+    lacks = []
+    if shutil.which("ninja", path=path) is None:
+        lacks.append("ninja (pip install ninja)")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        lacks.append(f"a C++ compiler, {compiler} (apt-get install g++, or name another in CXX)")
+    if lacks:
+        raise ConfigError(
+            f"parallel.strategy is {strategy}, and on a CPU DeepSpeed compiles an operator, for which "
+            f"{' and '.join(lacks)} cannot be found on the path: install it, or set parallel.strategy to ddp or fsdp."
         )
 
 
-def check_can_start(plan: LaunchPlan) -> None:
+def check_can_start(plan: Ranks) -> None:
     """What is planned can be started from here."""
     if plan.nodes > 1:
         raise ConfigError(
-            f"parallel.nodes is {plan.nodes}, but this command starts ranks on this machine alone: "
+            f"parallel.nodes (--nodes) is {plan.nodes}, but this command starts ranks on this machine alone: "
             "set parallel.nodes to 1. `dist-train plan` shows a plan for several nodes."
         )
     if plan.device == "cuda" and "+cpu" in importlib.metadata.version("torch"):
@@ -71,7 +53,7 @@ def check_can_start(plan: LaunchPlan) -> None:
         )
 
 
-def check_one_rank(plan: LaunchPlan) -> None:
+def check_one_rank(plan: Ranks) -> None:
     """--debug runs in one process."""
     if plan.world_size > 1:
         raise ConfigError(
@@ -80,13 +62,7 @@ def check_one_rank(plan: LaunchPlan) -> None:
         )
 
 
-def _existing_parent(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def check_gpus(plan: LaunchPlan, hardware: Hardware) -> None:
+def check_gpus(plan: Ranks, hardware: Hardware) -> None:
     """Each GPU of parallel.gpu_ids is there, and named once."""
     found = [find_gpu(hardware.gpus, word) for word in plan.gpu_ids]
     if len(set(found)) < len(found) and None not in found:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,9 @@ _GRACE_S = 10.0
 # A rank's own report of its failure needs so much.
 _LEAST_FREE_BYTES = 4096
 _TAIL_BYTES = 1 << 20
+_LAST_LINES = 8
+# What torchrun writes into launcher.log.
+_FAILED_FIRST = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: \d+ \(pid: (\d+)\)")
 # NCCL's watchdog ends its process when a collective takes too long, and says so in the log alone.
 _TIMED_OUT = b"Watchdog caught collective operation timeout"
 
@@ -60,9 +64,11 @@ def read_ranks(run: RunDir, attempt: int) -> Ranks:
 class Supervisor:
     """Runs one attempt to its end."""
 
-    def __init__(self, run: RunDir, attempt: int) -> None:
+    def __init__(self, run: RunDir, attempt: int, own_script: bool = False) -> None:
+        """own_script: the ranks run a script of the user's, which saves and goes on in its own ways."""
         self.run = run
         self.attempt = attempt
+        self.own_script = own_script
         self.asked_to_stop = 0
         self._events_size = -1
         self._ranks = Ranks()
@@ -105,7 +111,8 @@ class Supervisor:
             if self.asked_to_stop > forwarded:
                 forwarded = self.asked_to_stop
                 if forwarded == 1:
-                    print("stopping: the step under way is ended and saved; once more to end at once.", flush=True)
+                    what = "the ranks are told to end" if self.own_script else "the step under way is ended and saved"
+                    print(f"stopping: {what}; once more to end at once.", flush=True)
                 self._tell_ranks(signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
                 if forwarded > 1 or not self._ranks.pids:
                     return
@@ -151,10 +158,15 @@ class Supervisor:
             code = int(str(record["code"]))
             if code != CrashError.exit_code:
                 raise error_for_code(code)(str(record["message"]))
+        done = bool(ranks.pids) and ranks.finished == set(ranks.pids)
+        if self.own_script and not done:
+            self._raise_cause_of_script(ranks)
         if self._vanished and shutil.disk_usage(self.run.path).free < _LEAST_FREE_BYTES:
             # Its last words found no room.
             raise storage_error(self.run.events, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        timed_out = [rank for rank in self._vanished if _TIMED_OUT in _tail(self.run.rank_log(rank))]
+        timed_out = [
+            rank for rank in self._vanished if not self.own_script and _TIMED_OUT in _tail(self.run.rank_log(rank))
+        ]
         if timed_out:
             raise waited_in_vain(self.run, timed_out[0], timed_out)
         if self._vanished and not (self.asked_to_stop > 1):
@@ -166,7 +178,7 @@ class Supervisor:
         if ranks.failures:
             record = ranks.failures[0]
             raise CrashError(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
-        if ranks.pids and ranks.finished == set(ranks.pids):
+        if done:
             return  # whatever ended the process that started them
         if self.asked_to_stop:
             saved = any(self.run.checkpoints.glob("step-*"))
@@ -177,7 +189,29 @@ class Supervisor:
                 f"the ranks could not be started (exit status {returncode}); see {self.run.logs / 'launcher.log'}."
             )
 
+    def _raise_cause_of_script(self, ranks: Ranks) -> None:
+        """A script dies of the SIGTERM with which torchrun ends the others, so torchrun says who failed first."""
+        if self.asked_to_stop:
+            raise _stopped(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
+        failed_first = _FAILED_FIRST.search(_tail(self.run.logs / "launcher.log"))
+        if failed_first is None:
+            return
+        code, pid = int(failed_first[1]), int(failed_first[2])
+        rank = next((rank for rank, started in ranks.pids.items() if started == pid), None)
+        said = next((record for record in ranks.failures if record["rank"] == rank), None)
+        if rank is not None and said is not None:
+            raise CrashError(f"{said['message']}\n{self._what_next(rank)}")
+        if rank is not None:
+            raise CrashError(
+                f"rank {rank} (process {pid}) ended without a word, exit code {code}: killed from outside, out of "
+                f"memory perhaps, or by its own native code.\n{self._what_next(rank)}"
+            )
+
     def _what_next(self, rank: int) -> str:
+        if self.own_script:
+            lines = _tail(self.run.rank_log(rank)).decode(errors="replace").splitlines()[-_LAST_LINES:]
+            shown = "".join(f"\n  | {line}" for line in lines)
+            return f"Its last lines:{shown}\nIts log: {self.run.rank_log(rank)}"
         return (
             f"Its log: {self.run.rank_log(rank)}\n"
             f"Go on from the newest checkpoint with: dist-train resume {self.run.path}"

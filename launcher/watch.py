@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 import time
+from pathlib import Path
 from typing import IO, Any
 
 from dist_train.plan import LaunchPlan
@@ -12,6 +14,7 @@ from dist_train.rundir import RunDir
 
 # Off a terminal, a line of progress at most so often.
 _PLAIN_EVERY_S = 10.0
+_CHUNK_BYTES = 1 << 20
 
 
 class Follower:
@@ -131,3 +134,23 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class LogTail:
+    """Called often while the ranks run; shows what is new in a log."""
+
+    def __init__(self, path: Path, stream: IO[str] | None = None) -> None:
+        self._path = path
+        self._stream = stream or sys.stdout
+        self._position = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self) -> None:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as log:
+            log.seek(self._position)
+            while data := log.read(_CHUNK_BYTES):
+                self._position += len(data)
+                self._stream.write(self._decoder.decode(data))
+        self._stream.flush()

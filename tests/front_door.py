@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+_EXTENSIONS = Path.home() / ".cache" / "torch_extensions" / f"py3{sys.version_info.minor}_cpu"
 WORDS = {
     "network": ["vpn", "wifi", "router", "cable", "connection", "drops", "slow", "signal", "proxy", "firewall"],
     "hardware": ["laptop", "screen", "keyboard", "dock", "battery", "broken", "printer", "mouse", "fan", "monitor"],
@@ -47,6 +48,8 @@ def environment(tmp: Path, **extra: str) -> dict[str, str]:
         "XDG_CONFIG_HOME": str(tmp / "config"),
         "XDG_CACHE_HOME": str(tmp / "cache"),
         "WANDB_MODE": "disabled",
+        # DeepSpeed's operator for CPU ranks takes a minute to build: once for all tests.
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(_EXTENSIONS)),
         **extra,
     }
 

@@ -94,7 +94,7 @@ def train(training: Training) -> None:
     """Train from training.state to the end of the schedule. Preempted after a signal; all is saved."""
     config, plan, state, engine = training.config, training.plan, training.state, training.engine
     rows = training.task.rows("train")
-    schedule = Schedule(len(rows.ids), plan.global_batch_size, config.seed)
+    schedule = schedule_of(training, rows)
     last_step = min(plan.steps, config.train.stop_after_steps or plan.steps)
     if state.step >= last_step or state.stopped_early:
         return
@@ -131,6 +131,10 @@ def train(training: Training) -> None:
             return
         if stop_asked:
             raise Preempted(f"stopped by a signal after step {state.step}; the checkpoint of that step is saved.")
+
+
+def schedule_of(training: Training, rows: Rows) -> Schedule:
+    return Schedule(len(rows.ids), training.plan.global_batch_size, training.config.seed)
 
 
 def save_checkpoint(training: Training) -> None:

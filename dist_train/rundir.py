@@ -37,6 +37,8 @@ class RunDir:
         self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
         self.predictions = self.path / "predictions"
+        self.bandwidth = self.path / "bandwidth.json"
+        self.parity = self.path / "parity"
         self.best = self.path / "best"
         self.report_json = self.path / "report.json"
         self.report_md = self.path / "report.md"

@@ -69,11 +69,14 @@ def run_attempt(run: RunDir, arguments: list[str]) -> int:
 def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, arguments: tuple[str, ...] = ()) -> None:
     """Config, task, engine, resume, train, finish: in this order, on every rank.
 
-    arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT trains nothing.
+    arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT trains nothing; --parity records each
+    step and ends there; --bandwidth measures the collectives and trains nothing.
     """
+    from dist_train.bandwidth import write_bandwidth
     from dist_train.config_io import load_run_config, result_fingerprint
     from dist_train.finish import finish
     from dist_train.loop import train
+    from dist_train.parity import record
     from dist_train.plan import LaunchPlan
     from dist_train.recipe import load_recipe
     from dist_train.resume import build_training, code_fingerprint, restore
@@ -93,7 +96,13 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     task = recipe.task.make_task(config, Path(facts["folder"]))
     training = build_training(run, config, plan, task, attempt, fingerprints, stop, heartbeat)
     try:
+        if "--bandwidth" in arguments:
+            write_bandwidth(training)
+            return
         restore(training, accepted)
+        if "--parity" in arguments:
+            record(training)
+            return
         if evaluate is None:
             train(training)
         finish(training, recipe, evaluate or "best")

@@ -108,6 +108,36 @@ def plan(recipe: str, settings: tuple[str, ...], **flags: Any) -> None:
     show_plan(recipe, _all_settings(settings, flags))
 
 
+@cli.command(short_help="Check that every strategy trains a recipe alike.")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to shard over; else the GPUs here, or 2 on a CPU.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Optimizer steps to compare.")
+@click.option("--tolerance", type=float, help="Largest relative difference; else 1e-5 on a CPU, 1e-3 on GPUs.")
+def parity(recipe: str, settings: tuple[str, ...], ranks: int | None, steps: int, tolerance: float | None) -> None:
+    """Train RECIPE for a few steps under each strategy and split that this machine can run, and compare.
+
+    Losses, gradient norms and gradients of each step are held against those of one process; exit 10 past the tolerance.
+    """
+    from launcher.parity import check_parity
+
+    check_parity(recipe, list(settings), ranks, steps, tolerance)
+
+
+@cli.command(short_help="Try a new machine or cluster once, whole.")
+@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--gpus-per-node", type=int, help="GPUs of each machine, or CPU ranks; else every GPU, or 2 on a CPU.")
+@click.option("--output", default="accept.json", show_default=True, help="File of the results, to send in.")
+def accept(nodes: int | None, gpus_per_node: int | None, output: str) -> None:
+    """The doctor's checks, collective bandwidth, every strategy with parity, kill and resume: about five minutes.
+
+    Ends with one table and a file with all that was seen. Exit 10 when something is not as it must be.
+    """
+    from launcher.accept import accept_machine
+
+    accept_machine(nodes, gpus_per_node, output)
+
+
 @cli.command("eval", short_help="Evaluate a checkpoint of a run again.")
 @click.argument("run_dir", shell_complete=complete.runs)
 @click.option("--checkpoint", default="best", show_default=True, help="best, last, or a step.")

@@ -55,6 +55,14 @@ def resume(path: str, overrides: list[str], accept: list[str], debug: bool = Fal
     return directory
 
 
+def run_for_a_check(recipe_name: str, overrides: list[str], argument: str) -> RunDir:
+    """A run whose ranks do what `argument` says and no more (see worker.run_rank)."""
+    start = new_run(recipe_name, overrides, lambda start: _check_start(start, False), git_state())
+    with start.directory.locked():
+        _attempt(start, False, (argument,))
+    return start.directory
+
+
 def evaluate(path: str, checkpoint: str) -> tuple[RunDir, RunDir]:
     """Evaluate a checkpoint again, on the ranks of the run's config. Returns the run, and where the results lie."""
     directory = RunDir.existing(path)

@@ -1,0 +1,90 @@
+"""Record what a training does step by step, whole, so that it can be held against the same training done otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_train.engine import Engine, StepOutcome
+from dist_train.loop import Training, make_step, schedule_of, train
+from dist_train.rundir import write_json
+
+
+def record(training: Training) -> None:
+    """Train, and write RUN/parity: losses, gradient norms and whole gradients of each step, the weights before and
+    after, and what in the model keeps two ways of training it from being equal. On all ranks; rank 0 writes."""
+    engine = training.engine
+    obstacles = _obstacles(training)
+    before = _whole_weights(engine)
+    recorder = Recorder(engine)
+    train(training)
+    after = _whole_weights(engine)
+    if engine.rank == 0:
+        folder = training.run.parity
+        folder.mkdir(exist_ok=True)
+        np.save(folder / "gradients.npy", np.stack(recorder.gradients))
+        np.save(folder / "weights.npy", np.stack([before, after]))
+        write_json(folder / "parity.json", {**recorder.curves(), "obstacles": obstacles})
+
+
+class Recorder:
+    """Stands before the engine's step, and keeps what comes by."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.gradients: list[np.ndarray] = []
+        """The whole gradient of each step, before clipping, its tensors in the order of their names."""
+        self._outcomes: list[StepOutcome] = []
+        self._engine, self._step = engine, engine.step
+        engine.step = self._recorded  # type: ignore[method-assign]
+
+    def _recorded(self, wishes: Tensor) -> StepOutcome:
+        whole = self._engine.strategy.full_gradients()
+        scale = 1.0 if self._engine.scaler is None else float(self._engine.scaler.scale)
+        flat = torch.cat([whole[name].detach().reshape(-1) for name in sorted(whole)])
+        self.gradients.append((flat / scale).float().cpu().numpy())
+        outcome = self._step(wishes)
+        self._outcomes.append(outcome)
+        return outcome
+
+    def curves(self) -> dict[str, list[float]]:
+        read = [outcome.read() for outcome in self._outcomes]
+        return {"losses": [sums[0] for sums, *_ in read], "gradient_norms": [norm for _, norm, *_ in read]}
+
+
+def _whole_weights(engine: Engine) -> np.ndarray:
+    """All weights in one row, whatever part of them this rank holds."""
+    mine: list[Any] = [(held.name, held.shape, held.start, held.flat.cpu()) for held in engine.strategy.weights()]
+    whole: dict[str, Tensor] = {}
+    for parts in engine.gather_objects(mine):
+        for name, shape, start, flat in parts:
+            whole.setdefault(name, torch.zeros(shape)).view(-1)[start : start + len(flat)] = flat
+    return torch.cat([whole[name].reshape(-1) for name in sorted(whole)]).numpy()
+
+
+def _obstacles(training: Training) -> list[str]:
+    """Why two ways of training this model cannot be equal, in words."""
+    engine, found = training.engine, []
+    normed = [name for name, module in engine.module.named_modules() if isinstance(module, _BatchNorm)]
+    if normed:
+        found.append(
+            f"BatchNorm ({normed[0]}{' and others' * (len(normed) > 1)}): its statistics are those of each rank's "
+            "micro-batch; GroupNorm or LayerNorm have none"
+        )
+    rows = training.task.rows("train")
+    batch = engine.to_device(make_step(training, rows, schedule_of(training, rows), 0).batches[0])
+    buffers = [buffer.clone() for buffer in engine.module.buffers()]
+    engine.module.train()
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            losses.append(float(engine.forward(batch)))
+    for buffer, before in zip(engine.module.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    if losses[0] != losses[1]:
+        found.append("dropout or other randomness inside the model: set it to 0 for this comparison")
+    return found

@@ -18,11 +18,11 @@ def record(training: Training) -> None:
     """Train, and write RUN/parity: losses, gradient norms and whole gradients of each step, the weights before and
     after, and what in the model keeps two ways of training it from being equal. On all ranks; rank 0 writes."""
     engine = training.engine
-    obstacles = _obstacles(training)
-    before = _whole_weights(engine)
+    obstacles = find_obstacles(training)
+    before = _in_one_row(whole_weights(engine))
     recorder = Recorder(engine)
     train(training)
-    after = _whole_weights(engine)
+    after = _in_one_row(whole_weights(engine))
     if engine.rank == 0:
         folder = training.run.parity
         folder.mkdir(exist_ok=True)
@@ -55,17 +55,21 @@ class Recorder:
         return {"losses": [sums[0] for sums, *_ in read], "gradient_norms": [norm for _, norm, *_ in read]}
 
 
-def _whole_weights(engine: Engine) -> np.ndarray:
-    """All weights in one row, whatever part of them this rank holds."""
+def whole_weights(engine: Engine) -> dict[str, Tensor]:
+    """All weights by name on the CPU, whatever part of them this rank holds. A collective."""
     mine: list[Any] = [(held.name, held.shape, held.start, held.flat.cpu()) for held in engine.strategy.weights()]
     whole: dict[str, Tensor] = {}
     for parts in engine.gather_objects(mine):
         for name, shape, start, flat in parts:
             whole.setdefault(name, torch.zeros(shape)).view(-1)[start : start + len(flat)] = flat
-    return torch.cat([whole[name].reshape(-1) for name in sorted(whole)]).numpy()
+    return whole
 
 
-def _obstacles(training: Training) -> list[str]:
+def _in_one_row(tensors: dict[str, Tensor]) -> np.ndarray:
+    return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)]).numpy()
+
+
+def find_obstacles(training: Training) -> list[str]:
     """Why two ways of training this model cannot be equal, in words."""
     engine, found = training.engine, []
     normed = [name for name, module in engine.module.named_modules() if isinstance(module, _BatchNorm)]

@@ -18,6 +18,7 @@ from dist_train.events import append_line, read_lines
 from dist_train.hardware import Hardware
 from dist_train.heartbeat import Heartbeat
 from dist_train.loop import Training, train
+from dist_train.parity import whole_weights
 from dist_train.plan import make_plan
 from dist_train.resume import build_training, restore
 from dist_train.rundir import RunDir
@@ -148,18 +149,8 @@ def train_tiny(path: Path, world_size: int, task: TinyTask, attempt: int = 1, **
     """Train and return the final weights."""
     training = make_training(path, world_size, task, attempt, **sections)
     train(training)
-    return full_weights(training)
-
-
-def full_weights(training: Training) -> dict[str, Tensor]:
-    """The whole weights and buffers, whatever part of them this rank holds."""
-    engine = training.engine
-    mine = [(entry.name, entry.shape, entry.start, entry.flat.clone()) for entry in engine.strategy.weights()]
-    whole: dict[str, Tensor] = {}
-    for held in engine.gather_objects(mine):
-        for name, shape, start, flat in held:
-            whole.setdefault(name, torch.zeros(shape)).view(-1)[start : start + len(flat)] = flat
-    return whole | {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    buffers = {name: buffer.clone() for name, buffer in training.engine.module.named_buffers()}
+    return whole_weights(training.engine) | buffers
 
 
 def curve(path: Path, key: str = "loss") -> list[float]:

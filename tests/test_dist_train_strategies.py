@@ -14,9 +14,11 @@ import torch
 
 from dist_train.checkpoint import Reader
 from dist_train.checkpoint_files import newest_valid, step_folder
+from dist_train.data import Schedule
 from dist_train.loop import train
+from dist_train.parity import Recorder, find_obstacles
 from dist_train.rundir import RunDir
-from tests.fakes import TinyTask, curve, make_training, train_tiny
+from tests.fakes import TinyTask, curve, events, make_training, train_tiny
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -80,7 +82,7 @@ def test_every_strategy_trains_on_one_rank_too(strategy: str) -> None:
 def assert_same_curves(seen: dict[str, Any], expected: dict[str, Any]) -> None:
     assert len(seen["losses"]) == 20
     np.testing.assert_allclose(seen["losses"], expected["losses"], rtol=1e-5)
-    np.testing.assert_allclose(seen["norms"], expected["norms"], rtol=1e-5)
+    np.testing.assert_allclose(seen["gradient_norms"], expected["gradient_norms"], rtol=1e-5)
     for step, (mine, theirs) in enumerate(zip(seen["gradients"], expected["gradients"], strict=True), start=1):
         assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs), f"gradient of step {step}"
 
@@ -94,25 +96,45 @@ def _curves(world_size: int, model: str, strategy: str, sections: dict[str, dict
     path = Path(tempfile.mkdtemp())
     settings = {**sections, "parallel": {"strategy": strategy, **sections.get("parallel", {})}}
     training = make_training(path, world_size, TinyTask(model=model), optim={"lr": 3e-4}, **settings)
-    engine, gradients = training.engine, []
-    step, outcomes = engine.step, []
-
-    def recorded(wishes: torch.Tensor) -> Any:
-        whole = engine.strategy.full_gradients()
-        gradients.append(torch.cat([whole[name].reshape(-1) for name in sorted(whole)]).numpy().copy())
-        outcomes.append(step(wishes))
-        return outcomes[-1]
-
-    engine.step = recorded  # type: ignore[method-assign]
+    recorder = Recorder(training.engine)
     train(training)
-    read = [outcome.read() for outcome in outcomes]
+    strategy = training.engine.strategy
     return {
-        "losses": [sums[0] for sums, *_ in read],
-        "norms": [norm for _, norm, *_ in read],
-        "gradients": gradients,
-        "parameter_bytes": sum(held.flat.nbytes for held in engine.strategy.weights()),
-        "optimizer_bytes": sum(held.flat.nbytes for held in engine.strategy.optimizer_state()),
+        **recorder.curves(),
+        "gradients": recorder.gradients,
+        "parameter_bytes": sum(held.flat.nbytes for held in strategy.weights()),
+        "optimizer_bytes": sum(held.flat.nbytes for held in strategy.optimizer_state()),
     }
+
+
+def test_a_batch_norm_is_not_equal_over_ranks_and_parity_knows_it() -> None:
+    (obstacle,) = run_ranks(2, _obstacles_of, 2, "cnn with BatchNorm")[0]
+    assert "BatchNorm" in obstacle
+    assert run_ranks(2, _obstacles_of, 2, "cnn")[0] == []
+    alone = run_ranks(1, _curves, 1, "cnn with BatchNorm", "single", {})[0]
+    split = run_ranks(2, _curves, 2, "cnn with BatchNorm", "ddp", {})[0]
+    assert np.max(np.abs(np.array(split["losses"]) / alone["losses"] - 1)) > 1e-4
+
+
+def _obstacles_of(world_size: int, model: str) -> list[str]:
+    path = Path(tempfile.mkdtemp())
+    return find_obstacles(make_training(path, world_size, TinyTask(model=model), parallel={"strategy": "ddp"}))
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_gradient_that_is_not_finite_reaches_no_weight_under_any_strategy(tmp_path: Path, strategy: str) -> None:
+    poisoned = int(Schedule(203, 16, 0).rows_of(6)[3])
+    weights = run_ranks(2, _train_poisoned, tmp_path, strategy, poisoned)[0]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    assert next(event["step"] for event in events(tmp_path, "nonfinite_step")) == 7
+    assert all(poisoned in event["rows"] for event in events(tmp_path, "nonfinite_step"))
+    with_none = [step for step, loss in enumerate(curve(tmp_path), start=1) if loss is None]
+    assert with_none[0] == 7
+    assert curve(tmp_path)[7] is not None
+
+
+def _train_poisoned(path: Path, strategy: str, poisoned: int) -> dict[str, torch.Tensor]:
+    return train_tiny(path, 2, TinyTask(poisoned=(poisoned,)), parallel={"strategy": strategy})
 
 
 # What a resume must bring back beside the weights: moving average, buffers, optimizer state.

@@ -192,15 +192,6 @@ class Engine:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """What is computed, kept and sent in which precision."""
-        return {
-            "compute": self.plan.precision,
-            "parameters": "fp32",
-            "communication": self.plan.communication if self.world_size > 1 else "none (one rank)",
-        }
-
 
 class StepOutcome:
     """What a step came to, on its way from the device to the host."""

@@ -58,9 +58,21 @@ class LaunchPlan:
             f"{self.global_batch_size} samples a step = {ranks} x {batches} x {size} (at most {self.micro_batch_size})"
         )
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """In which precision what is computed, kept and sent: one meaning under every strategy."""
+        sent = self.communication if self.world_size > 1 else "none: one rank"
+        return {"compute": self.precision, "parameters": "fp32", "optimizer": "fp32", "communication": sent}
+
     def to_json(self) -> dict[str, Any]:
         epochs = round(self.steps / self.steps_per_epoch, 3)
-        return {**asdict(self), "world_size": self.world_size, "equation": self.equation, "epochs": epochs}
+        return {
+            **asdict(self),
+            "world_size": self.world_size,
+            "equation": self.equation,
+            "dtypes": self.dtypes,
+            "epochs": epochs,
+        }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> LaunchPlan:

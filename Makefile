@@ -1,4 +1,4 @@
-# make demo | test | check — each does its own set-up in .venv. pip's own environment variables are honoured.
+# make demo | test | check | gpu-check — each does its own set-up in .venv. pip's own environment variables are honoured.
 PYTHON ?= python3
 # Which torch: a pip requirement, or `site` to keep the one that $(PYTHON) imports.
 TORCH ?= torch==2.13.0
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test gpu-check check format clean
 
 install: $(STAMP)
 
@@ -33,6 +33,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# Every strategy on one NVIDIA GPU, from the generated configs; prints a table for docs/LOG.md.
+gpu-check: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+	$(BIN)/python -m benchmarks.gpu_check
 
 check: $(STAMP)
 	$(BIN)/ruff check .

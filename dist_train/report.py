@@ -15,6 +15,7 @@ from dist_train.config import RunConfig
 from dist_train.errors import DataError
 from dist_train.events import read_lines
 from dist_train.metrics import bootstrap_weights, interval
+from dist_train.plan import LaunchPlan
 from dist_train.recipe import Recipe
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 
@@ -62,7 +63,7 @@ def build_report(
         "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of rows; differences are paired",
         "data": facts,
         "training": _training(run, lines),
-        "plan": read_json(run.plan),
+        "plan": LaunchPlan.from_json(read_json(run.plan)).to_json(),
         "environment": read_json(run.environment),
         "repeat": [f"dist-train run {run.path}/config.yaml", f"dist-train report {run.path}"],
     }

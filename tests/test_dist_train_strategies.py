@@ -74,6 +74,13 @@ def test_offload_changes_nothing(strategy: str, offload: str) -> None:
     assert_same_curves(seen[0], _alone("transformer"))
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_blocks_change_nothing(strategy: str) -> None:
+    sections: dict[str, dict[str, object]] = {"train": {"compile": True}}
+    seen = run_ranks(2, _curves, 2, "transformer", strategy, sections, timeout_s=300.0)
+    assert_same_curves(seen[0], _alone("transformer"))
+
+
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_every_strategy_trains_on_one_rank_too(strategy: str) -> None:
     assert_same_curves(run_ranks(1, _curves, 1, "transformer", strategy, {})[0], _alone("transformer"))

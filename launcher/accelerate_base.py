@@ -18,7 +18,7 @@ _KEYS = """
     command_file commands compute_environment debug deepspeed_config distributed_type downcast_bf16 dynamo_config
     enable_cpu_affinity fp8_config fsdp_config gpu_ids machine_rank main_process_ip main_process_port
     main_training_function megatron_lm_config mixed_precision mpirun_config num_machines num_processes
-    parallelism_config rdzv_backend same_network tpu_env tpu_name tpu_use_cluster tpu_use_sudo tpu_vm use_cpu
+    parallelism_config rdzv_backend same_network tpu_env tpu_name tpu_use_cluster tpu_use_sudo tpu_vm tpu_zone use_cpu
 """
 KNOWN = frozenset(_KEYS.split())
 # What the user's file may say without a contradiction; the rest of it follows from the recipe.

@@ -20,7 +20,7 @@ from dist_train.config import ParallelConfig
 from dist_train.deepspeed_base import ZERO_KEYS
 from dist_train.deepspeed_config import deepspeed_config, script_deepspeed_config
 from dist_train.plan import LaunchPlan, make_plan
-from dist_train.rank_environment import settle_rank_variables
+from dist_train.rank_environment import settle_environment, settle_rank_variables
 from dist_train.rundir import LAUNCHER_PID, RunDir, json_text
 from launcher.accelerate_base import KNOWN
 from launcher.accelerate_config import accelerate_config, launch_command, script_environment, worker_environment
@@ -181,6 +181,15 @@ def test_accelerate_itself_reads_our_yaml_and_sets_what_is_meant(
 
     plugin = DeepSpeedPlugin()
     assert (plugin.zero_stage, plugin.gradient_clipping) == (int(strategy[4]), 1.0)
+
+
+def test_a_rank_keeps_nothing_that_accelerate_would_take_from_another_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "FSDP_VERSION"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "info")
+    settle_environment("cpu", "zero1", deterministic=False)
+    assert {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))} == {"ACCELERATE_LOG_LEVEL"}
+    assert os.environ.pop("DS_ACCELERATOR") == "cpu"
 
 
 def test_ranks_of_mpi_are_known_by_torchs_names() -> None:

@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_train.errors import BusyError, CrashError, HangError, StorageError
+from dist_train.errors import BusyError, ConfigError, CrashError, HangError, StorageError
 from dist_train.events import append_line, log_event, read_lines
 from dist_train.hardware import Hardware
 from dist_train.heartbeat import missing_ranks
 from dist_train.plan import LaunchPlan, make_plan
+from dist_train.rank_environment import strategy_environment
 from dist_train.rundir import RunDir, write_atomic
 from dist_train.stop import StopFlag
 from launcher import doctor, recipes_list
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
+from launcher.preflight import check_deepspeed_build, check_imports
 from launcher.process import Supervisor
 from launcher.runs import output_folder
 from launcher.watch import Watch
@@ -39,7 +41,7 @@ def _plan(hardware: Hardware, ranks: int | None) -> LaunchPlan:
 def test_the_accelerate_config_leaves_no_key_to_the_users_default_file(tmp_path: Path) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
 
-    written = accelerate_config(_plan(NODE, None))
+    written = accelerate_config(_plan(NODE, None), tmp_path / "deepspeed.json")
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(written))
     read = ClusterConfig.from_yaml_file(str(tmp_path / "accelerate.yaml"))
     assert (read.num_processes, read.mixed_precision, read.main_process_port) == (4, "bf16", 0)
@@ -88,6 +90,30 @@ def test_the_chosen_gpus_are_handed_on_by_their_uuids() -> None:
     plan = dataclasses.replace(_plan(NODE, 2), gpu_ids=("3", "GPU-bbbb"))
     assert worker_environment(plan, NODE)["CUDA_VISIBLE_DEVICES"] == "GPU-dddddddd,GPU-bbbbbbbb"
     assert worker_environment(_plan(NODE, 2), NODE)["CUDA_VISIBLE_DEVICES"] == "GPU-aaaaaaaa,GPU-bbbbbbbb"
+
+
+def test_zero_on_a_cpu_asks_for_what_deepspeed_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("dist_train.rank_environment.sysconfig.get_path", lambda name: str(tmp_path / "nowhere"))
+    expected = r"zero2, and on a CPU .* ninja \(pip install ninja\) and a C\+\+ compiler, no-such-compiler \(apt-get"
+    with pytest.raises(ConfigError, match=expected):
+        check_deepspeed_build("zero2", "cpu")
+    for strategy, device in (("zero2", "cuda"), ("ddp", "cpu")):
+        check_deepspeed_build(strategy, device)
+    monkeypatch.setattr("launcher.preflight.importlib.util.find_spec", lambda name: None if name == "deepspeed" else 1)
+    check_imports("fsdp")
+    with pytest.raises(ConfigError, match="deepspeed cannot be imported"):
+        check_imports("zero1")
+
+
+def test_ninja_beside_our_python_is_put_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("dist_train.rank_environment.sysconfig.get_path", lambda name: str(tmp_path))
+    assert "PATH" not in strategy_environment("cpu", "zero1", False)
+    (tmp_path / "ninja").write_text("#!/bin/sh")
+    (tmp_path / "ninja").chmod(0o755)
+    assert strategy_environment("cpu", "zero1", False)["PATH"] == f"{tmp_path}:/nowhere"
 
 
 def test_off_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def test_the_chosen_gpus_are_handed_on_by_their_uuids() -> None:
     assert worker_environment(_plan(NODE, 2), NODE)["CUDA_VISIBLE_DEVICES"] == "GPU-aaaaaaaa,GPU-bbbbbbbb"
 
 
+@pytest.mark.parametrize(("strategy", "torchrun"), [("ddp", False), ("single", False), ("zero1", True), ("fsdp", True)])
+def test_what_shards_has_a_process_group_on_one_cpu_rank_too(strategy: str, torchrun: bool) -> None:
+    plan = dataclasses.replace(_plan(CPU, 1), strategy=strategy)
+    assert ("torch.distributed.run" in launch_command(plan, RunDir("/r"))) == torchrun
+
+
 def test_zero_on_a_cpu_asks_for_what_deepspeed_compiles_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")

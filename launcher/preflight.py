@@ -43,8 +43,8 @@ def check_can_start(plan: Ranks) -> None:
     """What is planned can be started from here."""
     if plan.nodes > 1:
         raise ConfigError(
-            f"parallel.nodes (--nodes) is {plan.nodes}, but this command starts ranks on this machine alone: "
-            "set parallel.nodes to 1. `dist-train plan` shows a plan for several nodes."
+            f"parallel.nodes is {plan.nodes}, but this command starts ranks on this machine alone: "
+            "set parallel.nodes (--nodes) to 1. `dist-train plan` shows a plan for several nodes."
         )
     if plan.device == "cuda" and "+cpu" in importlib.metadata.version("torch"):
         raise ConfigError(

@@ -73,7 +73,7 @@ CASES = [
     (["ticket_routing", *GOOD, "output_dir=/proc/runs"], 13, ["/proc", "output_dir"]),
     (["ticket_routing", *GOOD, "name=taken"], 12, ["taken exists already", "dist-train resume"]),
     (["ticket_routing", *GOOD, "parallel.gpu_ids=[7]"], 2, ["7", "GPU"]),
-    (["ticket_routing", *GOOD, "parallel.nodes=2"], 2, ["parallel.nodes is 2", "set parallel.nodes to 1"]),
+    (["ticket_routing", *GOOD, "parallel.nodes=2"], 2, ["parallel.nodes is 2", "set parallel.nodes (--nodes) to 1"]),
 ]
 
 

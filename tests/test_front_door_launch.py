@@ -19,7 +19,7 @@ pytestmark = pytest.mark.front_door
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 # Says who it is, as a plain torchrun script would find out, and then does as its first argument says.
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 rank = int(os.environ["RANK"])
 import beside
 print("rank", rank, sys.argv, beside.VALUE, __name__, "PYTHONSAFEPATH" in os.environ, flush=True)
@@ -30,7 +30,10 @@ if sys.argv[1] == "exit":
     sys.exit(7)
 if sys.argv[1] == "die" and rank == 1:
     os.kill(os.getpid(), 9)
-if sys.argv[1] in ("wait", "raise", "die"):
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("deaf wait", flush=True)
+if sys.argv[1] in ("wait", "deaf", "raise", "die"):
     time.sleep(300)
 """
 
@@ -124,7 +127,7 @@ def test_a_script_that_fails_names_the_rank_and_its_last_lines(desk: Path, word:
         (["--strategy", "fsdp", "scripts/train.py"], "--strategy is fsdp, which Accelerate does not choose on a CPU"),
         (["--precision", "fp16", "scripts/train.py"], "--precision is fp16, which needs a GPU"),
         (["--name", "a/b", "scripts/train.py"], "--name is 'a/b'"),
-        (["--nodes", "2", "scripts/train.py"], "parallel.nodes (--nodes) is 2"),
+        (["--nodes", "2", "scripts/train.py"], "parallel.nodes is 2"),
         (["--strategy", "zero9", "scripts/train.py"], "'zero9' is not one of"),
     ],
 )
@@ -136,9 +139,9 @@ def test_what_cannot_run_is_refused_before_anything_is_written(desk: Path, words
     assert not (desk / "runs").exists()
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "kill"])
+@pytest.mark.parametrize("how", ["ctrl-c", "ctrl-c twice", "kill"])
 def test_a_script_that_is_stopped_ends_within_seconds_and_leaves_no_process(desk: Path, how: str) -> None:
-    process = start(_launch("scripts/train.py", "wait"), desk)
+    process = start(_launch("scripts/train.py", "deaf" if "twice" in how else "wait"), desk)
     run = desk / "runs" / "one"
     deadline = time.monotonic() + 60
     while not (run / "logs" / "rank1.log").exists() or "wait" not in (run / "logs" / "rank1.log").read_text():
@@ -146,9 +149,14 @@ def test_a_script_that_is_stopped_ends_within_seconds_and_leaves_no_process(desk
         time.sleep(0.05)
     pids = rank_pids(run).values()
     assert len(pids) == 2
-    process.send_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGKILL)
+    process.send_signal(signal.SIGKILL if how == "kill" else signal.SIGINT)
+    if "twice" in how:
+        time.sleep(1)
+        assert process.poll() is None
+        assert all(alive(pid) for pid in pids)
+        process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=20)
-    if how == "ctrl-c":
+    if how != "kill":
         assert process.returncode == 130
         assert "the ranks were ended by a signal" in output
     deadline = time.monotonic() + 10

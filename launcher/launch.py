@@ -156,7 +156,11 @@ def _check_script(command: list[str]) -> None:
     path = Path(command[0])
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
-        hint = f" To run a module: dist-train launch -m {command[0]}" if re.fullmatch(r"[\w.]+", command[0]) else ""
+        hint = (
+            f" To run a module: dist-train launch -m {command[0]}"
+            if re.fullmatch(r"[\w.]+(?<!\.py)", command[0])
+            else ""
+        )
         raise ConfigError(f"{command[0]} cannot be run: {what}.{hint}")
 
 

@@ -1,4 +1,4 @@
-"""Measure once what a training step needs beside weights: python -m dist_train.activation_profile RECIPE FOLDER OUT …
+"""Measure once what a training step needs beside weights: python -m dist_train.activation_profile CONFIG FOLDER …
 
 Under fake tensors, which have shapes and no memory, so that a model of any size is measured in seconds anywhere; where
 a model's shapes depend on its data, by a small real pass on the CPU.
@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train.blocks import checkpoint_activations, repeated_blocks
+from dist_train.config import RunConfig
+from dist_train.config_io import load
 from dist_train.model_profile import (
     NO_GRADIENT,
     OUTSIDE,
@@ -33,6 +35,7 @@ from dist_train.model_profile import (
     Timeline,
     store_profile,
 )
+from dist_train.recipe import load_recipe
 from dist_train.task import Batch, Task
 
 # Rows at which the peaks are measured: with few rows copies of weights rule, with many the activations do.
@@ -175,7 +178,9 @@ def _measure(
         return made if mode is None else {name: mode.from_tensor(tensor) for name, tensor in made.items()}
 
     def timeline(caches: bool) -> Timeline:
-        table = [[_step(model, block_of, batch(count, length), precision, caches) for length in points] for count in rows]
+        table = [
+            [_step(model, block_of, batch(count, length), precision, caches) for length in points] for count in rows
+        ]
         intervals = table[0][0][0]
         assert all(cell[0] == intervals for line in table for cell in line), "the model's steps differ in their order"
         return Timeline(
@@ -256,17 +261,18 @@ def _length_points(shortest: int, longest: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, longest // 4), max(1, longest // 2), longest}))
 
 
-def main(arguments: list[str]) -> int:
-    """RECIPE_FILE-independent: the config as JSON on stdin is avoided by taking a dumped config.yaml."""
-    from dist_train.config_io import load
-    from dist_train.recipe import load_recipe
-
-    file, prepared, out, precision = arguments
-    config = load(file, [], site=False).config
-    task = load_recipe(config.recipe).task.make_task(config, Path(prepared))
+def measure_for(config: RunConfig, prepared: Path, out: Path, precision: str) -> None:
+    """Measure the model of `config` and keep the profile in `out`."""
+    task = load_recipe(config.recipe).task.make_task(config, prepared)
     lengths = task.rows("train").lengths
     span = (int(lengths.min()), int(lengths.max()))
-    store_profile(Path(out), measure(task, precision, config.train.activation_checkpointing, span))
+    store_profile(out, measure(task, precision, config.train.activation_checkpointing, span))
+
+
+def main(arguments: list[str]) -> int:
+    """arguments: a resolved config.yaml, the folder of the prepared data, the file to write, the precision."""
+    file, prepared, out, precision = arguments
+    measure_for(load(file, [], site=False).config, Path(prepared), Path(out), precision)
     return 0
 
 

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, HangError, ToolkitError
 from dist_train.launcher_settings import check_launcher, number_of_ranks, take_over
 from dist_train.rundir import RunDir
@@ -71,9 +72,9 @@ def _make_run(target: str, overrides: list[str], options: list[str], held: conte
     if (Path(target) / "config.yaml").is_file():
         directory = RunDir(target)
         held.enter_context(directory.locked())
-        start = known_run(directory, overrides, accept, check_launcher, world_size, take_over)
+        start = known_run(directory, overrides, accept, check_launcher, world_size, take_over, _measure)
     else:
-        start = new_run(target, overrides, check_launcher, read_commit(), world_size, take_over)
+        start = new_run(target, overrides, check_launcher, read_commit(), world_size, take_over, _measure)
         held.enter_context(start.directory.locked())
     typed = shlex.join(["-m", "dist_train.worker", target, *overrides, *options])
     lines = f"# attempt {{attempt}}, started in {os.getcwd()} by another launcher\n# {_parent_command()}\n# {typed}\n"
@@ -190,3 +191,10 @@ def _parent_command() -> str:
     except OSError:
         return "the launcher's command line is not known"
     return shlex.join(word.decode(errors="replace") for word in words if word)
+
+
+def _measure(config: RunConfig, prepared: Path, out: Path, precision: str) -> None:
+    """In this process, which imports torch anyway."""
+    from dist_train.activation_profile import measure_for
+
+    measure_for(config, prepared, out, precision)

@@ -303,7 +303,7 @@ def _fsdp(profile: ModelProfile, setting: Setting) -> Layout:
     share = sum(_rows_share(p.shape, world) for p in profile.parameters)
     trained = sum(_rows_share(p.shape, world) for p in profile.parameters if p.trainable)
     num_blocks = max((p.block for p in profile.parameters), default=OUTSIDE) + 1
-    full = {block: 0 for block in range(OUTSIDE, num_blocks)}
+    full = dict.fromkeys(range(OUTSIDE, num_blocks), 0)
     reduced = dict(full)
     for parameter in profile.parameters:
         full[parameter.block] += world * _rows_share(parameter.shape, world)
@@ -312,7 +312,7 @@ def _fsdp(profile: ModelProfile, setting: Setting) -> Layout:
     size = len(timeline.blocks)
     gathered, moving, gradients = np.zeros(size), np.zeros(size), np.zeros(size)
     begun, begun_moving = np.zeros(size), np.zeros(size)
-    arrived = {block: 0 for block in full}
+    arrived = dict.fromkeys(full, 0)
     sharded, last = (trained if setting.micro_batches > 1 else 0), None
     outside = full[OUTSIDE]
     for interval, (block, backward) in enumerate(zip(timeline.blocks, timeline.backward, strict=True)):

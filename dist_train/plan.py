@@ -8,6 +8,17 @@ from typing import Any
 from dist_train.config import RunConfig
 from dist_train.data import num_micro_batches
 from dist_train.errors import ConfigError
+from dist_train.fit import (
+    Fit,
+    ModelFacts,
+    Need,
+    budget_bytes,
+    candidates,
+    fit,
+    gib,
+    smallest_accumulation,
+    too_large,
+)
 from dist_train.hardware import Hardware
 
 # On a CPU small micro-batches win: rows of one length need no padding, and no kernel is starved by few rows.
@@ -40,6 +51,10 @@ class LaunchPlan:
     activation_checkpointing: bool = False
     compile: bool = False
     deterministic: bool = False
+    memory_budget: int | None = None
+    """Bytes that one rank may hold; None where the model was not measured before the plan was made."""
+    fits: tuple[Fit, ...] = ()
+    """What was looked at, the chosen one last among its strategy's."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,28 +92,34 @@ class LaunchPlan:
     @staticmethod
     def from_json(value: dict[str, Any]) -> LaunchPlan:
         fields = {name: value[name] for name in LaunchPlan.__dataclass_fields__ if name in value}
+        fields["fits"] = tuple(Fit.from_json(entry) for entry in fields.get("fits", ()))
         return LaunchPlan(**{**fields, "gpu_ids": tuple(fields["gpu_ids"]), "notes": tuple(fields["notes"])})
 
 
-def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size: int | None = None) -> LaunchPlan:
+def make_plan(
+    config: RunConfig,
+    hardware: Hardware,
+    train_rows: int,
+    world_size: int | None = None,
+    facts: ModelFacts | None = None,
+) -> LaunchPlan:
     """The launch of `config` on `hardware`. ConfigError for what cannot run, with the key to change.
 
-    `world_size` is given where somebody else has started the ranks already (a bare `accelerate launch`).
+    `world_size` is given where somebody else has started the ranks already (a bare `accelerate launch`). `facts` of
+    model and data let the plan choose by memory; without them it takes the least sharding and refuses nothing for it.
     """
     notes: list[str] = []
     device = "cuda" if hardware.gpus else "cpu"
     processes = _processes_per_node(config, hardware, world_size)
     world = config.parallel.nodes * processes
-    strategy = config.parallel.strategy
-    if strategy == "auto":
-        strategy = "ddp" if world > 1 else "single"
-    if strategy == "single" and world > 1:
+    asked = config.parallel.strategy
+    if asked == "single" and world > 1:
         raise ConfigError(
             f"parallel.strategy is single, but {world} ranks were asked for: "
             "set parallel.strategy to ddp or auto, or parallel.processes_per_node to 1."
         )
-    if strategy != "single" and world == 1:
-        notes.append(f"parallel.strategy {strategy} on one rank shards nothing")
+    if asked not in ("single", "auto") and world == 1:
+        notes.append(f"parallel.strategy {asked} on one rank shards nothing")
     train = config.train
     if train.global_batch_size < world:
         raise ConfigError(
@@ -107,12 +128,17 @@ def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size
         )
     if train.global_batch_size % world:
         notes.append(f"{train.global_batch_size} samples do not divide by {world} ranks: the ranks' shares are uneven")
-    precision = train.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+    precision = planned_precision(config, device)
     if precision == "fp16" and device == "cpu":
         raise ConfigError("train.precision is fp16, which needs a GPU: set it to fp32 or bf16 (or auto).")
-    cap, micro_batches = _micro_batches(config, device, world)
+    chosen = _Way(candidates(world, asked)[0], *_micro_batches(config, device, world))
+    budget: int | None = None
+    fits: list[Fit] = []
+    if facts is not None:
+        budget = budget_bytes(hardware, processes)
+        need = _need(config, device, world)
+        chosen, fits = _fitting(need, facts, asked, chosen, config.train.micro_batch_size == "auto", budget)
+        notes.append(_why(chosen, fits, asked, budget))
     steps_per_epoch = -(-train_rows // train.global_batch_size)
     if train.steps is None and train.epochs is None:
         raise ConfigError("train.steps and train.epochs are both null: give one of them, for example train.epochs=3.")
@@ -121,15 +147,15 @@ def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size
         notes.append(f"train.global_batch_size is above the {train_rows} training rows: every step trains all of them")
     return LaunchPlan(
         device=device,
-        strategy=strategy,
+        strategy=chosen.strategy,
         precision=precision,
         nodes=config.parallel.nodes,
         processes_per_node=processes,
         threads_per_process=max(1, hardware.cores // processes),
         gpu_ids=tuple(config.parallel.gpu_ids or ()),
         global_batch_size=train.global_batch_size,
-        micro_batch_size=cap,
-        micro_batches=micro_batches,
+        micro_batch_size=chosen.micro_batch_size,
+        micro_batches=chosen.micro_batches,
         rows=train_rows,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
@@ -138,8 +164,69 @@ def make_plan(config: RunConfig, hardware: Hardware, train_rows: int, world_size
         activation_checkpointing=train.activation_checkpointing,
         compile=train.compile,
         deterministic=train.deterministic,
+        memory_budget=budget,
+        fits=tuple(fits),
         notes=tuple(notes),
     )
+
+
+def planned_precision(config: RunConfig, device: str) -> str:
+    if config.train.precision == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return config.train.precision
+
+
+@dataclass(frozen=True)
+class _Way:
+    strategy: str
+    micro_batch_size: int
+    micro_batches: int
+
+
+def _need(config: RunConfig, device: str, world: int) -> Need:
+    return Need(
+        world_size=world,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        evaluation_rows=config.eval.batch_size,
+        optimizer_states=2 if config.optim.name == "adamw" else 1,
+        ema=config.train.ema_decay is not None,
+        offload=config.parallel.offload,
+        bf16_communication=config.parallel.communication == "bf16",
+        overlaps=device == "cuda",
+        checkpointing=config.train.activation_checkpointing,
+    )
+
+
+def _fitting(
+    need: Need, facts: ModelFacts, asked: str, wanted: _Way, free: bool, budget: int
+) -> tuple[_Way, list[Fit]]:
+    """The first strategy that fits, with the fewest micro-batches where their number is the plan's to choose (`free`);
+    and what was looked at: every strategy, for the table. ConfigError when what was asked for does not fit."""
+
+    def look(strategy: str) -> Fit:
+        if free:
+            return smallest_accumulation(need, facts, strategy, wanted.micro_batches, budget)
+        return fit(need, facts, strategy, wanted.micro_batches, wanted.micro_batch_size, budget)
+
+    allowed = candidates(need.world_size, asked)
+    others = () if need.offload is not None else candidates(need.world_size, "auto")
+    seen = {strategy: look(strategy) for strategy in dict.fromkeys((*others, *allowed))}
+    for strategy in allowed:
+        found = seen[strategy]
+        if found.fits:
+            return _Way(strategy, found.micro_batch_size, found.micro_batches), list(seen.values())
+    raise too_large(need, facts, [seen[strategy] for strategy in allowed], budget)
+
+
+def _why(chosen: _Way, fits: list[Fit], asked: str, budget: int) -> str:
+    peak = next(entry.estimate.peak for entry in fits if entry.strategy == chosen.strategy)
+    text = f"{chosen.strategy} needs {gib(peak)} of {gib(budget)} a rank"
+    if asked != "auto":
+        return text
+    less = [entry.strategy for entry in fits if not entry.fits]
+    before = f"; {', '.join(less)} would not fit" if less else ""
+    return f"auto chose the least sharding that fits: {text}{before}"
 
 
 def _processes_per_node(config: RunConfig, hardware: Hardware, world_size: int | None) -> int:

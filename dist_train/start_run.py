@@ -25,6 +25,7 @@ from dist_train.deepspeed_config import deepspeed_config
 from dist_train.errors import ConfigError, DataError, StorageError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
+from dist_train.memory_facts import Measure, model_facts
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import Recipe, load_recipe
 from dist_train.rundir import (
@@ -68,11 +69,12 @@ def new_run(
     git: dict[str, Any] | None,
     world_size: int | None = None,
     adapt: Callable[[Loaded], Loaded] = lambda loaded: loaded,
+    measure: Measure | None = None,
 ) -> Start:
     """Make the run directory of a recipe. The caller says what else must hold, and writes the attempt.
 
     git: the state of the code, for the record. world_size, adapt: where somebody else has started the ranks already,
-    their number, and what that decides.
+    their number, and what that decides. measure: how a model is measured for its memory.
     """
     loaded = adapt(config_io.load(recipe_name, overrides))
     config = loaded.config
@@ -81,7 +83,7 @@ def new_run(
     recipe = load_recipe(config.recipe)
     check_metric(config, recipe)
     facts = prepare_data(config, recipe)
-    start = _planned(directory, config, loaded.sources, facts, world_size)
+    start = _planned(directory, config, loaded.sources, facts, world_size, measure)
     check(start)
     directory.create(
         {
@@ -100,6 +102,7 @@ def known_run(
     check: Check,
     world_size: int | None = None,
     adapt: Callable[[Loaded], Loaded] = lambda loaded: loaded,
+    measure: Measure | None = None,
 ) -> Start:
     """A run that goes on, with what may change on resume. The caller holds the directory."""
     before = config_io.load_run_config(directory)
@@ -113,7 +116,7 @@ def known_run(
     loaded = adapt(changed)
     recipe = load_recipe(loaded.config.recipe)
     facts = same_data(directory, loaded.config, recipe, accept)
-    start = _planned(directory, loaded.config, loaded.sources, facts, world_size)
+    start = _planned(directory, loaded.config, loaded.sources, facts, world_size, measure)
     check(start)
     if overrides or loaded is not changed:
         write_atomic(directory.config, config_io.dump(loaded.config, loaded.sources, directory.name))
@@ -125,7 +128,7 @@ def planned_run(directory: RunDir) -> Start:
     """A run as it is, to be looked at or evaluated again. The caller holds the directory."""
     config = config_io.load_run_config(directory)
     facts = kept_data(directory, config, load_recipe(config.recipe))
-    return _planned(directory, config, config_io.recorded_sources(directory), facts, None)
+    return _planned(directory, config, config_io.recorded_sources(directory), facts, None, None)
 
 
 def write_attempt(start: Start, event: str, commands: str) -> int:
@@ -292,10 +295,18 @@ def _free_directory(config: RunConfig) -> RunDir:
 
 
 def _planned(
-    directory: RunDir, config: RunConfig, sources: Mapping[str, str], facts: dict[str, Any], world_size: int | None
+    directory: RunDir,
+    config: RunConfig,
+    sources: Mapping[str, str],
+    facts: dict[str, Any],
+    world_size: int | None,
+    measure: Measure | None,
 ) -> Start:
+    """On a GPU the plan judges memory, with a model that is measured where it has not been; on a CPU, where it has."""
     hardware = detect_hardware()
-    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], world_size)
+    device = "cuda" if hardware.gpus else "cpu"
+    known = model_facts(config, load_recipe(config.recipe), facts, device, measure if hardware.gpus else None)
+    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], world_size, known)
     return Start(directory, config, plan, hardware, Settings(config_io.flatten(config), sources))
 
 

@@ -49,6 +49,11 @@ class Task(Protocol):
         """Stack rows into tensors. Augmentation draws from the per-row `seeds` alone."""
         ...
 
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """A batch of this many rows, each of this length (see `Rows.lengths`), for measuring memory: its values do not
+        matter. Without "weight", as `collate` leaves it."""
+        ...
+
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         """The table kept for a split: one line a row, in the order of the split's rows, as are the outputs."""
         ...

@@ -101,11 +101,15 @@ def launch(script: str, arguments: tuple[str, ...], module: bool, **options: Any
 @click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
 @click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
 @click.option("--strategy", help="Same as parallel.strategy=NAME.")
-def plan(recipe: str, settings: tuple[str, ...], **flags: Any) -> None:
-    """Read RECIPE and its data, and print the resolved settings with their origin and the launch plan."""
-    from launcher.inspect_run import show_plan
+@click.option("--gpu-memory", metavar="SIZE", help="Plan for GPUs of this memory that are not here, for example 80GiB.")
+def plan(recipe: str, settings: tuple[str, ...], gpu_memory: str | None, **flags: Any) -> None:
+    """Read RECIPE and its data, and print the resolved settings with their origin, memory by strategy, and the plan.
 
-    show_plan(recipe, _all_settings(settings, flags))
+    With --gpu-memory it is the plan for --nodes machines with --gpus-per-node such GPUs each, wherever they are.
+    """
+    from launcher.show_plan import show_plan
+
+    show_plan(recipe, _all_settings(settings, flags), gpu_memory)
 
 
 @cli.command(short_help="Check that every strategy trains a recipe alike.")

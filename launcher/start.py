@@ -31,6 +31,7 @@ from dist_train.start_run import (
 from dist_train.stop import StopFlag
 from launcher import accelerate_base
 from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
+from launcher.measure import measure_profile
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports, check_one_rank
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
@@ -39,7 +40,9 @@ from launcher.watch import Watch
 def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
     """Train from a recipe file to the report, in a new run directory."""
     check_imports()
-    start = new_run(recipe_name, overrides, lambda start: _check_start(start, debug), git_state())
+    start = new_run(
+        recipe_name, overrides, lambda start: _check_start(start, debug), git_state(), measure=measure_profile
+    )
     with start.directory.locked():
         _attempt(start, debug)
     return start.directory
@@ -50,14 +53,18 @@ def resume(path: str, overrides: list[str], accept: list[str], debug: bool = Fal
     directory = RunDir.existing(path)
     print(f"resume         these may change: {', '.join(config_io.RESUMABLE)}")
     with directory.locked():
-        start = known_run(directory, overrides, accept, lambda start: _check_start(start, debug))
+        start = known_run(
+            directory, overrides, accept, lambda start: _check_start(start, debug), measure=measure_profile
+        )
         _attempt(start, debug, tuple(f"--accept={word}" for word in accept))
     return directory
 
 
 def run_for_a_check(recipe_name: str, overrides: list[str], argument: str) -> RunDir:
     """A run whose ranks do what `argument` says and no more (see worker.run_rank)."""
-    start = new_run(recipe_name, overrides, lambda start: _check_start(start, False), git_state())
+    start = new_run(
+        recipe_name, overrides, lambda start: _check_start(start, False), git_state(), measure=measure_profile
+    )
     with start.directory.locked():
         _attempt(start, False, (argument,))
     return start.directory

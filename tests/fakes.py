@@ -106,6 +106,9 @@ class TinyTask:
             "poison": torch.tensor([float("nan") if row[2] in self.poisoned else 0.0 for row in rows]),
         }
 
+    def example_batch(self, rows: int, length: int) -> Batch:
+        return self.collate([(np.ones(length, dtype=np.int64), 0, -1)] * rows, np.zeros(rows))
+
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         rows = self.rows(split)
         predicted = outputs["probability"].argmax(1)

@@ -85,6 +85,13 @@ def misfit(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     return None
 
 
+def lengths(folder: Path | str) -> Any:
+    """Tokens of each training row, as a numpy array."""
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(read_split(folder, "train")["input_ids"]).to_numpy()
+
+
 def read_split(folder: Path | str, name: str) -> Any:
     """A split as a pyarrow Table over a memory map."""
     import pyarrow as pa

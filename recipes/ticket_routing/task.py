@@ -100,6 +100,9 @@ class TicketTask:
             "label": torch.from_numpy(labels),
         }
 
+    def example_batch(self, rows: int, length: int) -> Batch:
+        return self.collate([(np.ones(length, dtype=np.int64), 0)] * rows, np.zeros(rows, dtype=np.uint64))
+
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         return score.prediction_table(read_split(self.prepared, split), outputs["probability"], self.labels)
 

@@ -1,0 +1,206 @@
+"""Which strategy and micro-batch fit into a rank's memory, and what to change where none does. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from dist_train.data import Schedule, partition
+from dist_train.errors import ConfigError
+from dist_train.hardware import Hardware
+from dist_train.memory import Estimate, Setting, estimate
+from dist_train.model_profile import ModelProfile
+
+# Of a GPU's memory, what the plan may fill: the rest is for the allocator's fragmentation. And what CUDA, NCCL and the
+# kernels take before the first tensor. Rules of thumb: never measured on a GPU by this project.
+GPU_SHARE, GPU_RESERVE_BYTES = 0.92, 1 << 30
+CPU_SHARE = 0.8
+# Steps whose micro-batches are looked at for the largest one.
+_STEPS_LOOKED_AT = 64
+
+SHARDED = ("zero1", "zero2", "fsdp", "zero3")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the memory depends on, as asked for."""
+
+    world_size: int
+    global_batch_size: int
+    seed: int
+    evaluation_rows: int
+    optimizer_states: int
+    ema: bool
+    offload: str | None
+    bf16_communication: bool
+    overlaps: bool
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the model and the data."""
+
+    profile: Callable[[bool], ModelProfile]
+    """The profile with (True) and without activation checkpointing; may take seconds."""
+    lengths: np.ndarray
+    """Of the training rows."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One strategy at one number of micro-batches."""
+
+    strategy: str
+    micro_batches: int
+    micro_batch_size: int
+    estimate: Estimate
+    fits: bool
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Fit:
+        return Fit(**{**value, "estimate": Estimate.from_json(value["estimate"])})
+
+
+def budget_bytes(hardware: Hardware, processes: int) -> int:
+    """What one rank may hold."""
+    if hardware.gpus:
+        smallest = min(gpu.memory_gib for gpu in hardware.gpus)
+        return int(GPU_SHARE * smallest * 2**30) - GPU_RESERVE_BYTES
+    return int(CPU_SHARE * hardware.memory_gib * 2**30 / processes)
+
+
+def fit(need: Need, facts: ModelFacts, strategy: str, micro_batches: int, cap: int, budget: int) -> Fit:
+    """The estimate of one way, held against the budget."""
+    shapes = largest_shapes(facts.lengths, need.global_batch_size, need.seed, need.world_size, micro_batches, cap)
+    seen = estimate(facts.profile(need.checkpointing), _setting(need, facts, strategy, micro_batches, shapes))
+    return Fit(strategy, micro_batches, cap, seen, seen.peak <= budget)
+
+
+def smallest_accumulation(need: Need, facts: ModelFacts, strategy: str, at_least: int, budget: int) -> Fit:
+    """The fewest micro-batches that fit; those of one row each when none does."""
+    per_rank = -(-need.global_batch_size // need.world_size)
+    last = None
+    for count in _counts(at_least, per_rank):
+        last = fit(need, facts, strategy, count, -(-per_rank // count), budget)
+        if last.fits:
+            return last
+    assert last is not None
+    return last
+
+
+def candidates(world_size: int, asked: str) -> tuple[str, ...]:
+    """The strategies that `parallel.strategy` leaves, from the least sharding to the most."""
+    if asked != "auto":
+        return (asked,)
+    return ("single",) if world_size == 1 else ("ddp", *SHARDED)
+
+
+def nearest_change(need: Need, facts: ModelFacts, fits: list[Fit], budget: int) -> str:
+    """The first change that would fit, in words with the keys to set; what is missing when none does."""
+    least = min(fits, key=lambda entry: entry.estimate.peak)
+    at_least = least.micro_batches
+    trials: list[tuple[str, Need, tuple[str, ...]]] = []
+    here = tuple(entry.strategy for entry in fits)
+    everything: tuple[str, ...] = ("ddp", *SHARDED) if need.world_size > 1 else ("single",)
+    trials.append(("train.micro_batch_size=auto", need, here))
+    recomputed = replace(need, checkpointing=True)
+    trials.append(("parallel.strategy=auto", need, everything))
+    trials.append(("parallel.strategy=auto train.activation_checkpointing=true", recomputed, everything))
+    for offload, strategy in (("optimizer", "zero2"), ("optimizer", "zero3"), ("parameters", "zero3")):
+        words = f"parallel.strategy={strategy} parallel.offload={offload}"
+        trials.append((words, replace(need, offload=offload), (strategy,)))
+        words += " train.activation_checkpointing=true"
+        trials.append((words, replace(recomputed, offload=offload), (strategy,)))
+    for words, other, strategies in trials:
+        if other == need and set(strategies) <= set(here) and "micro_batch" not in words:
+            continue
+        for strategy in strategies:
+            found = smallest_accumulation(other, facts, strategy, at_least if other == need else 1, budget)
+            if found.fits:
+                return f"{words} would fit ({gib(found.estimate.peak)} a rank, {_in_words(found)})"
+    world = need.world_size
+    while world < min(need.global_batch_size, 4096):
+        world *= 2
+        found = smallest_accumulation(replace(need, world_size=world), facts, "fsdp", 1, budget)
+        if found.fits:
+            return f"{world} ranks would fit with parallel.strategy=fsdp ({gib(found.estimate.peak)} a rank)"
+    return f"nothing here fits: the least is {gib(least.estimate.peak)} a rank ({_in_words(least)})"
+
+
+def too_large(need: Need, facts: ModelFacts, fits: list[Fit], budget: int) -> ConfigError:
+    least = min(fits, key=lambda entry: entry.estimate.peak)
+    return ConfigError(
+        f"the training does not fit: {gib(least.estimate.peak)} a rank are needed ({_in_words(least)}), but "
+        f"{gib(budget)} are free for it.\nThe nearest change: {nearest_change(need, facts, fits, budget)}."
+    )
+
+
+@lru_cache(maxsize=256)
+def _largest(key: tuple[int, ...], micro_batches: int, world_size: int, cap: int) -> tuple[tuple[int, int], ...]:
+    lengths = np.array(key)
+    shapes = {
+        (len(rows), int(lengths[rows].max()))
+        for rank in partition(lengths, world_size, micro_batches, cap)
+        for rows in rank
+        if len(rows)
+    }
+    return tuple(shapes)
+
+
+def largest_shapes(
+    lengths: np.ndarray, global_batch_size: int, seed: int, world_size: int, micro_batches: int, cap: int
+) -> tuple[tuple[int, int], ...]:
+    """(rows, longest row) of the micro-batches of the first steps that no other one outdoes in both."""
+    schedule = Schedule(len(lengths), global_batch_size, seed)
+    found: set[tuple[int, int]] = set()
+    for step in range(min(_STEPS_LOOKED_AT, schedule.steps_per_epoch)):
+        chosen = lengths[schedule.rows_of(step)]
+        count = max(1, -(-micro_batches * len(chosen) // global_batch_size))
+        found.update(_largest(tuple(int(length) for length in chosen), count, world_size, cap))
+    return tuple(sorted(one for one in found if not any(o != one and o[0] >= one[0] and o[1] >= one[1] for o in found)))
+
+
+def _setting(
+    need: Need, facts: ModelFacts, strategy: str, micro_batches: int, shapes: tuple[tuple[int, int], ...]
+) -> Setting:
+    longest = int(facts.lengths.max())
+    return Setting(
+        strategy=strategy,
+        world_size=need.world_size,
+        micro_batches=micro_batches,
+        shapes=shapes,
+        evaluation=(need.evaluation_rows, longest),
+        optimizer_states=need.optimizer_states,
+        ema=need.ema,
+        offload=need.offload,
+        bf16_communication=need.bf16_communication,
+        overlaps=need.overlaps,
+    )
+
+
+def _counts(at_least: int, per_rank: int) -> list[int]:
+    """Numbers of micro-batches to try: each one up to 8, then in steps of about a fifth."""
+    counts, count = [], max(1, min(at_least, per_rank))
+    while count < per_rank:
+        counts.append(count)
+        count = max(count + 1, count * 6 // 5)
+    return [*counts, per_rank]
+
+
+def _in_words(entry: Fit) -> str:
+    rows = num_words(entry.micro_batch_size, "row")
+    return f"{entry.strategy}, {num_words(entry.micro_batches, 'micro-batch')} of at most {rows}"
+
+
+def num_words(count: int, word: str) -> str:
+    plural = "es" if word.endswith("ch") else "s"
+    return f"{count} {word}{plural * (count != 1)}"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,94 @@
+"""dist-train plan: the resolved settings, what each strategy needs, and what would be started; for any hardware."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from dist_train import config_io
+from dist_train.config import RunConfig
+from dist_train.errors import ConfigError
+from dist_train.fit import gib
+from dist_train.hardware import Gpu, Hardware, detect_hardware
+from dist_train.memory_facts import model_facts
+from dist_train.plan import LaunchPlan, make_plan
+from dist_train.recipe import load_recipe
+from dist_train.start_run import check_metric, prepare_data, print_plan
+from launcher.measure import measure_profile
+from launcher.preflight import check_gpus, check_imports
+from launcher.summary import open_console
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G)?", re.IGNORECASE)
+# Runs whose prediction is held against what they measured, the newest ones.
+_RUNS_LOOKED_AT = 20
+
+
+def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) -> None:
+    """Print it all. The data is read and prepared, the model is measured once, nothing is started."""
+    loaded = config_io.load(recipe_name, overrides)
+    config = loaded.config
+    hardware = detect_hardware() if gpu_memory is None else _imagined(config, gpu_memory)
+    check_imports()
+    print(config_io.dump(config, loaded.sources, config.name or "not named yet"))
+    recipe = load_recipe(config.recipe)
+    check_metric(config, recipe)
+    data = prepare_data(config, recipe)
+    device = "cuda" if hardware.gpus else "cpu"
+    facts = model_facts(config, recipe, data, device, measure_profile)
+    plan = make_plan(config, hardware, data["splits"]["train"]["rows"], facts=facts)
+    if gpu_memory is None:
+        check_gpus(plan, hardware)
+    _print_memory(plan)
+    print(_past_errors(config.output_dir))
+    print_plan(None, plan)
+
+
+def _imagined(config: RunConfig, gpu_memory: str) -> Hardware:
+    """The hardware that was asked about: GPUs of this memory, as many as parallel.processes_per_node."""
+    match = _SIZE.fullmatch(gpu_memory.strip())
+    if match is None:
+        raise ConfigError(f"--gpu-memory is {gpu_memory}, but must be a size such as 80GiB.")
+    memory = float(match[1]) * (10**9 / 2**30 if (match[2] or "").lower() == "gb" else 1.0)
+    count = config.parallel.processes_per_node or 1
+    gpus = tuple(Gpu(index, f"planned-{index}", f"a GPU of {gpu_memory}", memory) for index in range(count))
+    return Hardware("planned", "not known", cores=8 * count, memory_gib=0.0, gpus=gpus)
+
+
+def _print_memory(plan: LaunchPlan) -> None:
+    assert plan.memory_budget is not None
+    names = ("parameters", "gradients", "optimizer", "EMA", "copies", "activations", "temporaries", "buffers")
+    title = f"GiB of one rank at its peak, and sent in a step; {gib(plan.memory_budget)} may be used"
+    table = Table("strategy", *names, "peak", "fits", "micro-batches", "sent", title=title, title_justify="left",
+                  box=box.SIMPLE_HEAD)  # fmt: skip
+    for entry in plan.fits:
+        seen = entry.estimate
+        parts = (seen.parameters, seen.gradients, seen.optimizer, seen.ema, seen.copies)
+        more = (seen.activations, seen.temporaries, seen.communication, seen.peak)
+        batches = f"{entry.micro_batches} x {entry.micro_batch_size}"
+        mark = "chosen" if entry.strategy == plan.strategy else "yes" if entry.fits else "no"
+        cells = [f"{value / 2**30:.2f}" for value in (*parts, *more)]
+        table.add_row(entry.strategy, *cells, mark, batches, f"{seen.sent / 2**30:.2f}")
+    open_console().print(table)
+    print("temporaries hold logits and casts; buffers are those of the collectives")
+    chosen = next(entry.estimate for entry in plan.fits if entry.strategy == plan.strategy)
+    if chosen.host:
+        print(f"offload        {gib(chosen.host)} of the CPU's memory for each rank")
+    print(f"peak           in the {chosen.moment}")
+
+
+def _past_errors(output_dir: Path) -> str:
+    """How far earlier predictions were from what the runs then measured."""
+    files = sorted(output_dir.glob("*/memory.json"), key=lambda path: path.stat().st_mtime)[-_RUNS_LOOKED_AT:]
+    errors = [json.loads(file.read_text())["error"] for file in files]
+    if not errors:
+        return f"prediction     no run below {output_dir} has measured its peak yet"
+    mean, lowest = statistics.mean(map(abs, errors)), min(0.0, *errors)
+    return (
+        f"prediction     in the last {len(errors)} runs below {output_dir} it was off by {mean:.1%} on average; "
+        f"the furthest below what was measured: {lowest:.1%}"
+    )

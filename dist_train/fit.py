@@ -77,7 +77,9 @@ def budget_bytes(hardware: Hardware, processes: int) -> int:
 def fit(need: Need, facts: ModelFacts, strategy: str, micro_batches: int, cap: int, budget: int) -> Fit:
     """The estimate of one way, held against the budget."""
     shapes = largest_shapes(facts.lengths, need.global_batch_size, need.seed, need.world_size, micro_batches, cap)
-    seen = estimate(facts.profile(need.checkpointing), _setting(need, facts, strategy, micro_batches, shapes))
+    evaluation = (need.evaluation_rows, int(facts.lengths.max()))
+    setting = setting_of(need, strategy, micro_batches, shapes, evaluation)
+    seen = estimate(facts.profile(need.checkpointing), setting)
     return Fit(strategy, micro_batches, cap, seen, seen.peak <= budget)
 
 
@@ -165,16 +167,20 @@ def largest_shapes(
     return tuple(sorted(one for one in found if not any(o != one and o[0] >= one[0] and o[1] >= one[1] for o in found)))
 
 
-def _setting(
-    need: Need, facts: ModelFacts, strategy: str, micro_batches: int, shapes: tuple[tuple[int, int], ...]
+def setting_of(
+    need: Need,
+    strategy: str,
+    micro_batches: int,
+    shapes: tuple[tuple[int, int], ...],
+    evaluation: tuple[int, int],
 ) -> Setting:
-    longest = int(facts.lengths.max())
+    """The memory formulas' words for a need. shapes, evaluation: (rows, longest row)."""
     return Setting(
         strategy=strategy,
         world_size=need.world_size,
         micro_batches=micro_batches,
         shapes=shapes,
-        evaluation=(need.evaluation_rows, longest),
+        evaluation=evaluation,
         optimizer_states=need.optimizer_states,
         ema=need.ema,
         offload=need.offload,

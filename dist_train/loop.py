@@ -22,6 +22,7 @@ from dist_train.events import log_event
 from dist_train.heartbeat import Heartbeat
 from dist_train.meter import Meter
 from dist_train.optim import lr_at, set_lr
+from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir
 from dist_train.save import Saver
@@ -62,6 +63,7 @@ class Training:
     stop: StopFlag
     tracker: Tracker | None
     heartbeat: Heartbeat
+    memory: StepPeak
     fingerprints: dict[str, str]
     """What the result depends on beside the config, by name."""
 
@@ -75,6 +77,8 @@ class StepData:
     total_weight: float
     useful: int
     padded: int
+    shapes: tuple[tuple[int, int], ...]
+    """(rows, longest row) of this rank's micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def train(training: Training) -> None:
             _seed_model(training, 0)
             engine.warm_up(engine.to_device(data.batches[0]))
         wants_save = _minutes_passed(config.checkpoint.every_minutes, saved_at)
-        launched = _launch(training, schedule, data, wants_save)
+        with training.memory.around(index, state.step + 1, data.shapes):
+            launched = _launch(training, schedule, data, wants_save)
         # The step before this one has run by now: to read what it came to waits for nothing.
         stop_asked, save_asked = _settle(training, before, meter)
         before = launched
@@ -178,7 +183,9 @@ def make_step(training: Training, rows: Rows, schedule: Schedule, step: int) -> 
         batch["weight"] = torch.from_numpy(np.ascontiguousarray(weights)).float()
         batches.append(batch)
     padded = sum(len(part) * int(lengths[part].max()) for rank in parts for part in rank if len(part))
-    return StepData(batches, rows.ids[chosen], float(rows.weights[chosen].sum()), int(lengths.sum()), padded)
+    shapes = tuple((len(part), int(lengths[part].max())) for part in parts[engine.rank] if len(part))
+    weight = float(rows.weights[chosen].sum())
+    return StepData(batches, rows.ids[chosen], weight, int(lengths.sum()), padded, shapes)
 
 
 def _launch(training: Training, schedule: Schedule, data: StepData, wants_save: bool) -> Launched:

@@ -6,11 +6,15 @@ import contextlib
 import gc
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# The third step of an attempt.
+_MEASURED = 2
 
 
 @dataclass
@@ -45,14 +49,10 @@ def measured(device: torch.device, hidden: int = 0) -> Iterator[Peak]:
         return
     gc.collect()
     freed: list[tuple[int, int]] = []
-    watches = []
     # The profiler tells what is allocated within the block, and its end; the end of what lived before is told by weak
     # references, for it does not know these addresses.
-    for storage in _storages("cpu").values():
-        result.before += storage.nbytes()
-        watches.append(weakref.ref(storage, _note(freed, storage.nbytes())))
+    watches, result.before = _watched(freed)
     result.before += hidden
-    storage = None
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         yield result
@@ -69,6 +69,28 @@ def measured(device: torch.device, hidden: int = 0) -> Iterator[Peak]:
     result.peak = peak
 
 
+class StepPeak:
+    """Measures one step of an attempt, when the optimizer has its state and the allocator its blocks."""
+
+    def __init__(self, device: torch.device, hidden_bytes: Callable[[], int]) -> None:
+        self._device = device
+        self._hidden_bytes = hidden_bytes
+        self.peak: int | None = None
+        self.step = 0
+        self.shapes: tuple[tuple[int, int], ...] = ()
+        """(rows, longest row) of the step's micro-batches."""
+
+    @contextlib.contextmanager
+    def around(self, index: int, step: int, shapes: tuple[tuple[int, int], ...]) -> Iterator[None]:
+        """index: how many steps this attempt has done before."""
+        if index != _MEASURED:
+            yield
+            return
+        with measured(self._device, self._hidden_bytes()) as peak:
+            yield
+        self.peak, self.step, self.shapes = peak.peak, step, shapes
+
+
 def bucket_bytes(wrapped: torch.nn.Module) -> int:
     """Bytes of the gradient buckets that DDP keeps in C++ while no gradient refers to them."""
     if not isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
@@ -76,7 +98,16 @@ def bucket_bytes(wrapped: torch.nn.Module) -> int:
     return sum(p.nbytes for p in wrapped.parameters() if p.requires_grad and p.grad is None)
 
 
-def _note(freed: list[tuple[int, int]], size: int):  # type: ignore[no-untyped-def]
+def _watched(freed: list[tuple[int, int]]) -> tuple[list[Any], int]:
+    """Weak references that note in `freed` when a storage ends, and the bytes of all storages. Holds none itself."""
+    watches, total = [], 0
+    for storage in _storages("cpu").values():
+        total += storage.nbytes()
+        watches.append(weakref.ref(storage, _note(freed, storage.nbytes())))
+    return watches, total
+
+
+def _note(freed: list[tuple[int, int]], size: int) -> Callable[[Any], None]:
     return lambda _: freed.append((time.time_ns(), -size))
 
 

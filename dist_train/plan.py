@@ -136,7 +136,7 @@ def make_plan(
     fits: list[Fit] = []
     if facts is not None:
         budget = budget_bytes(hardware, processes)
-        need = _need(config, device, world)
+        need = need_of(config, device, world)
         chosen, fits = _fitting(need, facts, asked, chosen, config.train.micro_batch_size == "auto", budget)
         notes.append(_why(chosen, fits, asked, budget))
     steps_per_epoch = -(-train_rows // train.global_batch_size)
@@ -183,7 +183,7 @@ class _Way:
     micro_batches: int
 
 
-def _need(config: RunConfig, device: str, world: int) -> Need:
+def need_of(config: RunConfig, device: str, world: int) -> Need:
     return Need(
         world_size=world,
         global_batch_size=config.train.global_batch_size,

@@ -20,6 +20,7 @@ from dist_train.errors import CheckpointError, ConfigError
 from dist_train.events import log_event, read_lines
 from dist_train.heartbeat import Heartbeat
 from dist_train.loop import Training, TrainState, make_saver
+from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir
 from dist_train.stop import StopFlag
@@ -61,7 +62,10 @@ def build_training(
         ema = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
     saver = make_saver(run, engine, config)
-    return Training(config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, fingerprints)
+    memory = StepPeak(engine.device, engine.strategy.hidden_bytes)
+    return Training(
+        config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, memory, fingerprints
+    )
 
 
 def code_fingerprint(recipe_config: ModuleType) -> str:

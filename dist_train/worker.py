@@ -76,6 +76,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     from dist_train.config_io import load_run_config, result_fingerprint
     from dist_train.finish import finish
     from dist_train.loop import train
+    from dist_train.memory_record import write_memory_record
     from dist_train.parity import record
     from dist_train.plan import LaunchPlan
     from dist_train.recipe import load_recipe
@@ -105,6 +106,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
             return
         if evaluate is None:
             train(training)
+            write_memory_record(training, recipe)
         finish(training, recipe, evaluate or "best")
     except BaseException as error:
         if training.tracker is not None:

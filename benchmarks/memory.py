@@ -172,7 +172,9 @@ def case_lengths(case: Case) -> list[int]:
     """Micro-batches come longest first, as the partition makes them; images have one size."""
     if case.model == "cnn":
         return [case.length] * case.micro_batches
-    return [max(1, case.length * (case.micro_batches - index) // case.micro_batches) for index in range(case.micro_batches)]
+    return [
+        max(1, case.length * (case.micro_batches - index) // case.micro_batches) for index in range(case.micro_batches)
+    ]
 
 
 def launch_plan(case: Case) -> Any:

@@ -74,7 +74,7 @@ def test_offload_changes_nothing(strategy: str, offload: str) -> None:
     assert_same_curves(seen[0], _alone("transformer"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp"])
 def test_compiled_blocks_change_nothing(strategy: str) -> None:
     sections: dict[str, dict[str, object]] = {"train": {"compile": True}}
     seen = run_ranks(2, _curves, 2, "transformer", strategy, sections, timeout_s=300.0)

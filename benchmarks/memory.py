@@ -1,13 +1,14 @@
 """Predicted against measured peak of a training step, on CPU ranks: one JSON line a configuration, then the errors.
 
     python -m benchmarks.memory                # all 24 and the states of large models, some minutes
-    python -m benchmarks.memory held_out zero3 # those whose name holds a word
+    python -m benchmarks.memory held_out zero3 # those whose name holds each word; states: bytes between passes alone
 
 Eight of the 24 were chosen before the formulas were tuned on the other sixteen, and never used for that.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ TRANSFORMERS = {
     "small": ({"layers": 2, "width": 128, "heads": 4, "feedforward": 512}, 12_000),
     "medium": ({"layers": 6, "width": 256, "heads": 8, "feedforward": 1024}, 12_000),
     "large": ({"layers": 12, "width": 512, "heads": 8, "feedforward": 2048}, 20_000),
+    "huge": ({"layers": 12, "width": 640, "heads": 8, "feedforward": 2560}, 20_000),
 }
 
 CASES = (
@@ -77,8 +79,9 @@ CASES = (
     Case("large", "fsdp", 2, 4, 3, 96, precision="bf16", checkpointing=True, ema=True, held_out=True),
 )
 
+# Weights, gradients and optimizer state of 72 M parameters, after a backward pass.
 STATES = tuple(
-    Case("large", strategy, world_size, 1, 1, 16)
+    Case("huge", strategy, world_size, 1, 1, 16)
     for strategy in ("zero1", "zero2", "zero3", "fsdp")
     for world_size in (2, 4)
 )
@@ -90,7 +93,7 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 64, 128, 256, 256)
-        layers = [self._layer(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [self._layer(*pair) for pair in itertools.pairwise(widths)]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], 5)
 
@@ -126,11 +129,10 @@ class Task:
 
 
 def measure_case(case: Case) -> dict[str, int]:
-    """On one rank: the measured peak of a step, and the bytes of parameters, gradients and optimizer after its
-    backward pass."""
+    """On one rank: the measured peak of a step, and the bytes that are held after a backward pass."""
     from dist_train.deepspeed_config import deepspeed_config
     from dist_train.engine import Engine
-    from dist_train.peak import measured
+    from dist_train.peak import live_tensor_bytes, measured
 
     plan, optim = launch_plan(case), optimizer_config()
     deepspeed = deepspeed_config(plan, optim.clip_norm) if case.strategy.startswith("zero") else None
@@ -155,17 +157,12 @@ def measure_case(case: Case) -> dict[str, int]:
     engine.warm_up(batches[0])
     step()
     step()
-    with measured(engine.device, hidden_bytes(engine)) as peak:
+    with measured(engine.device) as peak:
         step()
-    state = peak.before
+    backward()
+    state = live_tensor_bytes()
     del held
-    return {"peak": peak.peak, "before": state}
-
-
-def hidden_bytes(engine: Any) -> int:
-    from dist_train.peak import bucket_bytes
-
-    return bucket_bytes(getattr(engine.strategy, "_wrapped", engine.module))
+    return {"peak": peak.peak, "state": state}
 
 
 def case_lengths(case: Case) -> list[int]:
@@ -182,9 +179,21 @@ def launch_plan(case: Case) -> Any:
 
     size = case.world_size * case.rows * case.micro_batches
     return LaunchPlan(
-        "cpu", case.strategy, case.precision, 1, case.world_size, 1, (), size, case.rows, case.micro_batches, size, 1, 3,
+        device="cpu",
+        strategy=case.strategy,
+        precision=case.precision,
+        nodes=1,
+        processes_per_node=case.world_size,
+        threads_per_process=1,
+        gpu_ids=(),
+        global_batch_size=size,
+        micro_batch_size=case.rows,
+        micro_batches=case.micro_batches,
+        rows=size,
+        steps_per_epoch=1,
+        steps=3,
         activation_checkpointing=case.checkpointing,
-    )  # fmt: skip
+    )
 
 
 def optimizer_config() -> Any:
@@ -193,9 +202,9 @@ def optimizer_config() -> Any:
     return OptimConfig()
 
 
-def predict(case: Case) -> Any:
+def profile_and_setting(case: Case) -> tuple[Any, Any]:
     from dist_train.activation_profile import measure
-    from dist_train.memory import Setting, estimate
+    from dist_train.memory_layout import Setting
 
     span = (case.length, case.length) if case.model == "cnn" else (1, 192 if case.model != "lstm" else 128)
     profile = measure(Task(case.model), case.precision, case.checkpointing, span)
@@ -203,24 +212,34 @@ def predict(case: Case) -> Any:
         strategy=case.strategy,
         world_size=case.world_size,
         micro_batches=case.micro_batches,
-        shapes=((case.rows, case.length),),
+        first=((case.rows, case.length),),
+        later=tuple((case.rows, length) for length in case_lengths(case)[1:]),
         evaluation=(1, case.length),
         ema=case.ema,
     )
-    return estimate(profile, setting)
+    return profile, setting
 
 
 def main(words: list[str]) -> int:
+    from dist_train.memory import estimate, state_bytes
+
     errors: list[tuple[bool, float]] = []
-    for case in CASES:
-        if not all(word in case.name.split() or word in case.strategy for word in words):
+    for case in [*CASES, *STATES]:
+        is_state = case in STATES
+        if not all(word in (*case.name.split(), case.strategy, "states" if is_state else "peaks") for word in words):
             continue
-        measured = max(answer["peak"] for answer in run_ranks(case.world_size, measure_case, case, timeout_s=400))
-        predicted = predict(case)
-        error = predicted.peak / measured - 1
-        errors.append((case.held_out, error))
-        line = {"case": case.name, "predicted": predicted.peak, "measured": measured, "error": round(error, 4)}
-        print(json.dumps({**line, "moment": predicted.moment}), flush=True)
+        answers = run_ranks(case.world_size, measure_case, case, timeout_s=400)
+        profile, setting = profile_and_setting(case)
+        if is_state:
+            predicted, measured = state_bytes(profile, setting), max(answer["state"] for answer in answers)
+        else:
+            predicted, measured = estimate(profile, setting).peak, max(answer["peak"] for answer in answers)
+        error = predicted / measured - 1
+        if not is_state:
+            errors.append((case.held_out, error))
+        what = "state" if is_state else "peak"
+        line = {"case": case.name, "of": what, "predicted": predicted, "measured": measured, "error": round(error, 4)}
+        print(json.dumps(line), flush=True)
     for held_out in (False, True):
         some = [error for kind, error in errors if kind == held_out]
         if some:

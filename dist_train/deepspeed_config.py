@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from dist_train.plan import LaunchPlan
-
-# Sizes in elements; the memory formulas use them too.
-REDUCE_BUCKET_SIZE = 50_000_000
-ALLGATHER_BUCKET_SIZE = 50_000_000
-STAGE3_PREFETCH_BUCKET_SIZE = 50_000_000
-# Smaller parameters stay whole on every rank.
-STAGE3_PARAM_PERSISTENCE_THRESHOLD = 10_000
-STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
-STAGE3_MAX_REUSE_DISTANCE = 1_000_000_000
-SUB_GROUP_SIZE = 1_000_000_000
+from dist_train.zero_sizes import (
+    ALLGATHER_BUCKET_SIZE,
+    REDUCE_BUCKET_SIZE,
+    STAGE3_MAX_LIVE_PARAMETERS,
+    STAGE3_MAX_REUSE_DISTANCE,
+    STAGE3_PARAM_PERSISTENCE_THRESHOLD,
+    STAGE3_PREFETCH_BUCKET_SIZE,
+    SUB_GROUP_SIZE,
+)
 
 _AUTOCAST_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -12,7 +12,8 @@ import numpy as np
 from dist_train.data import Schedule, partition
 from dist_train.errors import ConfigError
 from dist_train.hardware import Hardware
-from dist_train.memory import Estimate, Setting, estimate
+from dist_train.memory import Estimate, estimate
+from dist_train.memory_layout import Setting, Shapes
 from dist_train.model_profile import ModelProfile
 
 # Of a GPU's memory, what the plan may fill: the rest is for the allocator's fragmentation. And what CUDA, NCCL and the
@@ -142,44 +143,49 @@ def too_large(need: Need, facts: ModelFacts, fits: list[Fit], budget: int) -> Co
     )
 
 
-@lru_cache(maxsize=256)
-def _largest(key: tuple[int, ...], micro_batches: int, world_size: int, cap: int) -> tuple[tuple[int, int], ...]:
+@lru_cache(maxsize=1024)
+def _shapes(key: tuple[int, ...], micro_batches: int, world_size: int, cap: int) -> tuple[Shapes, Shapes]:
+    """(rows, longest row) of the first micro-batch of each rank, and of the later ones."""
     lengths = np.array(key)
-    shapes = {
-        (len(rows), int(lengths[rows].max()))
-        for rank in partition(lengths, world_size, micro_batches, cap)
-        for rows in rank
-        if len(rows)
-    }
-    return tuple(shapes)
+    parts = partition(lengths, world_size, micro_batches, cap)
+    by_rank = [[(len(rows), int(lengths[rows].max())) for rows in rank if len(rows)] for rank in parts]
+    first = {shape for shapes in by_rank for shape in shapes[:1]}
+    return tuple(first), tuple({shape for shapes in by_rank for shape in shapes[1:]})
 
 
 def largest_shapes(
     lengths: np.ndarray, global_batch_size: int, seed: int, world_size: int, micro_batches: int, cap: int
-) -> tuple[tuple[int, int], ...]:
-    """(rows, longest row) of the micro-batches of the first steps that no other one outdoes in both."""
+) -> tuple[Shapes, Shapes]:
+    """(rows, longest row) of the first and of the later micro-batches of a step that no other one outdoes in both; over
+    the first steps."""
     schedule = Schedule(len(lengths), global_batch_size, seed)
-    found: set[tuple[int, int]] = set()
+    first: set[tuple[int, int]] = set()
+    later: set[tuple[int, int]] = set()
     for step in range(min(_STEPS_LOOKED_AT, schedule.steps_per_epoch)):
         chosen = lengths[schedule.rows_of(step)]
         count = max(1, -(-micro_batches * len(chosen) // global_batch_size))
-        found.update(_largest(tuple(int(length) for length in chosen), count, world_size, cap))
-    return tuple(sorted(one for one in found if not any(o != one and o[0] >= one[0] and o[1] >= one[1] for o in found)))
+        seen = _shapes(tuple(int(length) for length in chosen), count, world_size, cap)
+        first.update(seen[0])
+        later.update(seen[1])
+    return _not_outdone(first), _not_outdone(later)
+
+
+def _not_outdone(shapes: set[tuple[int, int]]) -> Shapes:
+    return tuple(
+        sorted(one for one in shapes if not any(o != one and o[0] >= one[0] and o[1] >= one[1] for o in shapes))
+    )
 
 
 def setting_of(
-    need: Need,
-    strategy: str,
-    micro_batches: int,
-    shapes: tuple[tuple[int, int], ...],
-    evaluation: tuple[int, int],
+    need: Need, strategy: str, micro_batches: int, shapes: tuple[Shapes, Shapes], evaluation: tuple[int, int]
 ) -> Setting:
-    """The memory formulas' words for a need. shapes, evaluation: (rows, longest row)."""
+    """The memory formulas' words for a need. shapes: (first, later); each and evaluation: (rows, longest row)."""
     return Setting(
         strategy=strategy,
         world_size=need.world_size,
         micro_batches=micro_batches,
-        shapes=shapes,
+        first=shapes[0],
+        later=shapes[1],
         evaluation=evaluation,
         optimizer_states=need.optimizer_states,
         ema=need.ema,

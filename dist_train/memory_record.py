@@ -19,15 +19,17 @@ def write_memory_record(training: Training, recipe: Recipe) -> None:
     run, config, plan, engine = training.run, training.config, training.plan, training.engine
     seen = training.memory
     peaks = engine.gather_objects(seen.peak)
-    shapes = sorted({shape for shapes in engine.gather_objects(seen.shapes) for shape in shapes})
+    shapes = [shapes for shapes in engine.gather_objects(seen.shapes) if shapes]
+    first = tuple(sorted({one[0] for one in shapes}))
+    later = tuple(sorted({shape for one in shapes for shape in one[1:]}))
     if engine.rank != 0 or None in peaks:
         return
-    record = {"step": seen.step, "shapes": shapes, "measured": max(peaks), "measured_by_rank": peaks}
+    record = {"step": seen.step, "shapes": sorted({*first, *later}), "measured": max(peaks), "measured_by_rank": peaks}
     try:
         facts = model_facts(config, recipe, read_json(run.data_facts), plan.device, measure_for)
         assert facts is not None
         need = need_of(config, plan.device, plan.world_size)
-        setting = setting_of(need, plan.strategy, plan.micro_batches, tuple(shapes), (1, shapes[0][1]))
+        setting = setting_of(need, plan.strategy, plan.micro_batches, (first, later), (1, first[0][1]))
         predicted = estimate(facts.profile(plan.activation_checkpointing), setting)
     except Exception:
         # A model that cannot be measured apart from its training is no reason to fail a training that is done.

@@ -62,7 +62,7 @@ def build_training(
         ema = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
     saver = make_saver(run, engine, config)
-    memory = StepPeak(engine.device, engine.strategy.hidden_bytes)
+    memory = StepPeak(engine.device)
     return Training(
         config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, memory, fingerprints
     )

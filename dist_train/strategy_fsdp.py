@@ -106,9 +106,6 @@ class Fsdp:
     def allocate_optimizer_state(self, kinds: Iterable[str]) -> None:
         allocate_state(self.optimizer, self.leaves, kinds)
 
-    def hidden_bytes(self) -> int:
-        return 0
-
     def full_gradients(self) -> dict[str, Tensor]:
         """A collective for each."""
         gradients = {name: sharded.grad for name, sharded in zip(self._names, self._sharded, strict=True)}

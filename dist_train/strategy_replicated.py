@@ -12,7 +12,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.held import Held, allocate_state, whole
-from dist_train.peak import bucket_bytes
 from dist_train.task import Batch
 
 
@@ -78,10 +77,6 @@ class Replicated:
 
     def allocate_optimizer_state(self, kinds: Iterable[str]) -> None:
         allocate_state(self.optimizer, self.leaves, kinds)
-
-    def hidden_bytes(self) -> int:
-        """Of tensors that C++ alone holds between two steps."""
-        return bucket_bytes(self._wrapped)
 
     def full_gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}

@@ -132,9 +132,6 @@ class Zero:
             allocate_state(self.optimizer, self._zero.single_partition_of_fp32_groups, kinds)
             self._zero._lazy_init_hp_params_optimizer_state()
 
-    def hidden_bytes(self) -> int:
-        return 0
-
     def full_gradients(self) -> dict[str, Tensor]:
         """A collective for each."""
         named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -114,13 +115,28 @@ class Engine:
         """What must run once, and be thrown away, before the first step is like all others."""
 
         def run() -> None:
-            buffers = [buffer.clone() for buffer in self.module.buffers()]
-            self.backward(batch, 1.0, last=True)
-            self.strategy.zero_grad()
-            for buffer, before in zip(self.module.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+            with self._buffers_kept():
+                self.backward(batch, 1.0, last=True)
+                self.strategy.zero_grad()
 
         self.strategy.warm_up(run)
+
+    def probe(self, batches: list[Batch]) -> None:
+        """A whole step that changes nothing: its gradient is NaN by its divisor, and such a step is skipped."""
+        scale = None if self.scaler is None else self.scaler.state_dict()
+        with self._buffers_kept():
+            for index, batch in enumerate(batches):
+                self.backward(batch, float("nan"), last=index == len(batches) - 1)
+            self.step(torch.zeros(1, dtype=torch.float64, device=self.device)).read()
+        if self.scaler is not None and scale is not None:
+            self.scaler.load_state_dict(scale)
+
+    @contextlib.contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        yield
+        for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def step(self, wishes: Tensor) -> StepOutcome:
         """Sum `wishes` [n] (float64) over the ranks, clip by the true global norm, and update the weights unless a

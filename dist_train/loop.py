@@ -16,9 +16,10 @@ from dist_train.checkpoint import held_state
 from dist_train.config import RunConfig
 from dist_train.data import DROPOUT, Schedule, derive_seed, partition, prefetch, row_seeds
 from dist_train.engine import Engine, StepOutcome
-from dist_train.errors import NumericError, Preempted
+from dist_train.errors import ConfigError, NumericError, Preempted
 from dist_train.evaluate import evaluate
 from dist_train.events import log_event
+from dist_train.fit import largest_shapes
 from dist_train.heartbeat import Heartbeat
 from dist_train.meter import Meter
 from dist_train.optim import lr_at, set_lr
@@ -110,6 +111,8 @@ def train(training: Training) -> None:
         if index == 0:
             _seed_model(training, 0)
             engine.warm_up(engine.to_device(data.batches[0]))
+            if plan.fits and config.train.micro_batch_size == "auto":
+                probe_largest(training, rows)
         wants_save = _minutes_passed(config.checkpoint.every_minutes, saved_at)
         with training.memory.around(index, state.step + 1, data.shapes):
             launched = _launch(training, schedule, data, wants_save)
@@ -227,6 +230,28 @@ def _settle(training: Training, launched: Launched | None, meter: Meter) -> tupl
         training.tracker.log("train", step, launched.samples, values)
     training.saver.heard(written, failed)
     return stop > 0, save > 0
+
+
+def probe_largest(training: Training, rows: Rows) -> None:
+    """Try the largest micro-batches that the plan allows, before hours depend on them. ConfigError when memory ends."""
+    plan, engine = training.plan, training.engine
+    first, later = largest_shapes(
+        rows.lengths, plan.global_batch_size, training.config.seed, plan.world_size, plan.micro_batches,
+        plan.micro_batch_size,
+    )  # fmt: skip
+    batches = []
+    for shapes in (first, later)[: plan.micro_batches]:
+        count, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+        batch = training.task.example_batch(count, length)
+        batch["weight"] = torch.ones(count)
+        batches.append(engine.to_device(batch))
+    try:
+        engine.probe(batches)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the planned micro-batches of {plan.micro_batch_size} rows do not fit after all: {error}\n"
+            f"Set train.micro_batch_size={max(1, plan.micro_batch_size // 2)}; it was auto, chosen by the plan."
+        ) from error
 
 
 def _seed_model(training: Training, micro_batch: int) -> None:

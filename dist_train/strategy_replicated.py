@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.held import Held, allocate_state, whole
@@ -29,7 +29,7 @@ class Replicated:
         self._wrapped = wrapped
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         if self._ddp is not None and bf16:
-            self._ddp.register_comm_hook(None, bf16_compress_hook)
+            self._ddp.register_comm_hook(None, _averaged_in_bf16)
         self.leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.leaves)
 
@@ -80,3 +80,10 @@ class Replicated:
 
     def full_gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+
+
+def _averaged_in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """torch's own hook for this refuses gloo."""
+    sent = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
+    future = dist.all_reduce(sent, async_op=True).get_future()  # type: ignore[union-attr]
+    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))

@@ -232,3 +232,23 @@ def test_the_fingerprint_of_a_result_changes_with_what_defines_it_and_nothing_el
     )
     assert base == moved
     assert base != other
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["parallel.offload=optimizer"], ["parallel.offload is optimizer", "zero1 or zero2 or zero3", "not with auto"]),
+        (["parallel.offload=parameters", "parallel.strategy=zero2"], ["goes with parallel.strategy zero3"]),
+        (["parallel.strategy=zero4"], ["parallel.strategy", "zero4", "zero3"]),
+        (["parallel.strategy=zero3", "train.compile=true"], ["train.compile is true", "fsdp"]),
+        (["parallel.deepspeed_config=ds.json"], ["parallel.deepspeed_config is given", "auto"]),
+        (["train.micro_batch_size=0"], ["train.micro_batch_size"]),
+    ],
+)
+def test_combinations_of_sharding_that_cannot_be_are_refused_with_the_key_to_change(
+    settings: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        config_io.load("ticket_routing/demo", settings, site=False)
+    for word in words:
+        assert word in str(refusal.value)

@@ -15,6 +15,7 @@ from dist_train.checkpoint import Reader
 from dist_train.checkpoint_files import committed_steps, newest_valid
 from dist_train.errors import StorageError
 from dist_train.held import whole
+from dist_train.peak import measured
 from dist_train.save import Saver
 from dist_train.scaler import LossScaler
 
@@ -86,6 +87,17 @@ def test_a_save_that_stops_training_is_committed_when_it_returns(tmp_path: Path)
     saver, commits = _saver(tmp_path, asynchronous=False)
     saver.start([whole("model/w", torch.ones(3))], 2, {})
     assert commits == [2]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_takes_no_more_memory_than_one_more_share(tmp_path: Path, asynchronous: bool) -> None:
+    held = [whole(f"model/{index}", torch.ones(2**20)) for index in range(8)]
+    share = sum(entry.flat.nbytes for entry in held)
+    saver, _ = _saver(tmp_path, asynchronous)
+    with measured(torch.device("cpu")) as peak:
+        saver.start(held, 1, {})
+        saver.finish()
+    assert peak.peak - peak.before <= 1.1 * share
 
 
 def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_long_time_without() -> None:

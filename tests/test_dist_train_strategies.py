@@ -15,7 +15,7 @@ import torch
 from dist_train.checkpoint import Reader
 from dist_train.checkpoint_files import newest_valid, step_folder
 from dist_train.data import Schedule
-from dist_train.loop import train
+from dist_train.loop import probe_largest, train
 from dist_train.parity import Recorder, find_obstacles
 from dist_train.rundir import RunDir
 from tests.fakes import TinyTask, curve, events, make_training, train_tiny
@@ -138,6 +138,36 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight_under_any_strategy(tmp_
     with_none = [step for step, loss in enumerate(curve(tmp_path), start=1) if loss is None]
     assert with_none[0] == 7
     assert curve(tmp_path)[7] is not None
+
+
+@pytest.mark.parametrize("strategy", ["single", *SHARDED])
+def test_the_probe_of_the_largest_micro_batch_changes_nothing(tmp_path: Path, strategy: str) -> None:
+    world_size = 1 if strategy == "single" else 2
+    run_ranks(world_size, _train_probed, tmp_path / "probed", world_size, strategy, True)
+    run_ranks(world_size, _train_probed, tmp_path / "plain", world_size, strategy, False)
+    assert curve(tmp_path / "probed") == curve(tmp_path / "plain")
+
+
+def _train_probed(path: Path, world_size: int, strategy: str, probes: bool) -> None:
+    parallel = {"strategy": strategy}
+    training = make_training(path, world_size, TinyTask(), parallel=parallel, train={"steps": 6, "micro_batch_size": 4})
+    if probes:
+        probe_largest(training, training.task.rows("train"))
+    train(training)
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_gradients_that_travel_in_bf16_change_little_and_not_nothing(tmp_path: Path, strategy: str) -> None:
+    for communication in ("fp32", "bf16"):
+        run_ranks(2, _train_communicating, tmp_path / communication, strategy, communication)
+    exact, rounded = np.array(curve(tmp_path / "fp32")), np.array(curve(tmp_path / "bf16"))
+    assert np.max(np.abs(rounded / exact - 1)) < 0.02
+    assert np.max(np.abs(rounded / exact - 1)) > 1e-6
+
+
+def _train_communicating(path: Path, strategy: str, communication: str) -> None:
+    parallel = {"strategy": strategy, "communication": communication}
+    train_tiny(path, 2, TinyTask(model="transformer"), parallel=parallel, optim={"lr": 1e-3}, train={"steps": 10})
 
 
 def _train_poisoned(path: Path, strategy: str, poisoned: int) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ class Replicated:
         self._wrapped = wrapped
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         if self._ddp is not None and bf16:
-            self._ddp.register_comm_hook(None, _averaged_in_bf16)
+            self._ddp.register_comm_hook(None, lambda _, bucket: _averaged_in_bf16(bucket))
         self.leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.leaves)
 
@@ -82,8 +82,8 @@ class Replicated:
         return {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
 
 
-def _averaged_in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _averaged_in_bf16(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """torch's own hook for this refuses gloo."""
     sent = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
-    future = dist.all_reduce(sent, async_op=True).get_future()  # type: ignore[union-attr]
+    future = dist.all_reduce(sent, async_op=True).get_future()
     return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))

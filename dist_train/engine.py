@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_train.blocks import checkpoint_activations, compile_blocks
 from dist_train.config import OptimConfig
+from dist_train.errors import ConfigError
 from dist_train.optim import make_optimizer
 from dist_train.plan import LaunchPlan
 from dist_train.scaler import LossScaler
@@ -57,10 +58,10 @@ class Engine:
         """Wrap the model and make its optimizer. `self.module` is the bare model: its names do not depend on the
         strategy, and what touches its weights goes through `self.strategy`."""
         plan = self.plan
-        if plan.activation_checkpointing:
-            checkpoint_activations(model)
-        if plan.compile:
-            compile_blocks(model)
+        if plan.activation_checkpointing and checkpoint_activations(model) == 0:
+            raise _no_blocks("train.activation_checkpointing")
+        if plan.compile and compile_blocks(model) == 0:
+            raise _no_blocks("train.compile")
 
         def optimizer(leaves: list[Tensor]) -> torch.optim.Optimizer:
             return make_optimizer(leaves, config)
@@ -258,6 +259,13 @@ def join_cpu_ranks() -> None:
     from accelerate import PartialState
 
     PartialState(cpu=True)
+
+
+def _no_blocks(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key} is true, but this model has no repeated blocks for it (two or more layers of one class in a ModuleList "
+        f"or Sequential): set {key} to false."
+    )
 
 
 def _make_world_of_one() -> None:

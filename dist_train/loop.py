@@ -97,6 +97,14 @@ class Launched:
 
 def train(training: Training) -> None:
     """Train from training.state to the end of the schedule. Preempted after a signal; all is saved."""
+    try:
+        _train(training)
+    except NumericError:
+        training.saver.finish()  # the ranks raise it alike; the save under way is from before
+        raise
+
+
+def _train(training: Training) -> None:
     config, plan, state, engine = training.config, training.plan, training.state, training.engine
     rows = training.task.rows("train")
     schedule = schedule_of(training, rows)

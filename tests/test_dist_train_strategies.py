@@ -15,6 +15,7 @@ import torch
 from dist_train.checkpoint import Reader
 from dist_train.checkpoint_files import newest_valid, step_folder
 from dist_train.data import Schedule
+from dist_train.errors import ConfigError
 from dist_train.loop import probe_largest, train
 from dist_train.parity import Recorder, find_obstacles
 from dist_train.rundir import RunDir
@@ -79,6 +80,12 @@ def test_compiled_blocks_change_nothing(strategy: str) -> None:
     sections: dict[str, dict[str, object]] = {"train": {"compile": True}}
     seen = run_ranks(2, _curves, 2, "transformer", strategy, sections, timeout_s=300.0)
     assert_same_curves(seen[0], _alone("transformer"))
+
+
+@pytest.mark.parametrize("key", ["activation_checkpointing", "compile"])
+def test_what_needs_blocks_is_refused_for_a_model_without(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.{key} is true, but this model has no repeated blocks"):
+        make_training(tmp_path, 1, TinyTask(model="lstm"), train={key: True})
 
 
 @pytest.mark.parametrize("strategy", SHARDED)

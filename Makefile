@@ -1,4 +1,4 @@
-# make demo | test | check | gpu-check — each does its own set-up in .venv. pip's own environment variables are honoured.
+# make demo | test | test-all | check | gpu-check — each does its own set-up in .venv. pip's own environment variables are honoured.
 PYTHON ?= python3
 # Which torch: a pip requirement, or `site` to keep the one that $(PYTHON) imports.
 TORCH ?= torch==2.13.0
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: install demo test gpu-check check format clean
+.PHONY: install demo test test-all gpu-check check format clean
 
 install: $(STAMP)
 
@@ -32,6 +32,9 @@ demo: $(STAMP)
 	$(BIN)/dist-train run ticket_routing/demo $(RANKS)
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not matrix"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 # Every strategy on one NVIDIA GPU, from the generated configs; prints a table for docs/LOG.md.

@@ -28,8 +28,11 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
-    """function(*arguments) on `world_size` ranks; the results in rank order. AssertionError with all tracebacks."""
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:
+    """function(*arguments) on `world_size` ranks; the results in rank order. AssertionError with all tracebacks.
+
+    The limit leaves time for the operator that DeepSpeed builds once, at the first ZeRO on a CPU.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

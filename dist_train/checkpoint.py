@@ -106,8 +106,11 @@ def load_optimizer(strategy: Strategy, reader: Reader) -> int:
     """The optimizer's state by parameter name. Returns how many tensors were restored."""
     names = reader.names("optim/")
     strategy.allocate_optimizer_state(sorted({name.split("/", 2)[1] for name in names}))
+    known = set(names)
     for entry in strategy.optimizer_state():
-        reader.read(f"optim/{entry.name}", entry.start, entry.flat)
+        # A parameter that never had a gradient has no state: it stays as it is at the start.
+        if f"optim/{entry.name}" in known:
+            reader.read(f"optim/{entry.name}", entry.start, entry.flat)
     return len(names)
 
 

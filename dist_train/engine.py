@@ -148,9 +148,9 @@ class Engine:
             norm, nonfinite = self.strategy.step(scale)
         else:
             sums, norm, nonfinite = self._clip_and_step(wishes, scale)
+        at_bottom = torch.ones_like(norm) if self.scaler is None else self.scaler.at_bottom()
         if self.scaler is not None:
             self.scaler.update(nonfinite)
-        at_bottom = torch.ones_like(norm) if self.scaler is None else self.scaler.at_bottom()
         return StepOutcome(torch.cat([sums, torch.stack([norm, nonfinite, at_bottom])]))
 
     def _clip_and_step(self, wishes: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

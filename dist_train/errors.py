@@ -18,6 +18,10 @@ class ConfigError(ToolkitError):
     title = "config error"
 
 
+class UnmeasuredError(ConfigError):
+    """The model could not be measured apart from its training."""
+
+
 class DataError(ToolkitError):
     exit_code = 3
     title = "data error"

@@ -40,6 +40,9 @@ class Need:
     bf16_communication: bool
     overlaps: bool
     checkpointing: bool
+    compiles: bool = False
+    host_bytes: int | None = None
+    """What a rank may take of the CPU's memory for offload; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def fit(need: Need, facts: ModelFacts, strategy: str, micro_batches: int, cap: i
     evaluation = (need.evaluation_rows, int(facts.lengths.max()))
     setting = setting_of(need, strategy, micro_batches, shapes, evaluation)
     seen = estimate(facts.profile(need.checkpointing), setting)
-    return Fit(strategy, micro_batches, cap, seen, seen.peak <= budget)
+    fits = seen.peak <= budget and (need.host_bytes is None or seen.host <= need.host_bytes)
+    return Fit(strategy, micro_batches, cap, seen, fits)
 
 
 def smallest_accumulation(need: Need, facts: ModelFacts, strategy: str, at_least: int, budget: int) -> Fit:
@@ -89,57 +93,65 @@ def smallest_accumulation(need: Need, facts: ModelFacts, strategy: str, at_least
     per_rank = -(-need.global_batch_size // need.world_size)
     last = None
     for count in _counts(at_least, per_rank):
-        last = fit(need, facts, strategy, count, -(-per_rank // count), budget)
+        # The number of micro-batches bounds their size; a cap on rows beside it would cut the batch in another way.
+        last = fit(need, facts, strategy, count, per_rank, budget)
         if last.fits:
             return last
     assert last is not None
     return last
 
 
-def candidates(world_size: int, asked: str) -> tuple[str, ...]:
+def candidates(need: Need, asked: str) -> tuple[str, ...]:
     """The strategies that `parallel.strategy` leaves, from the least sharding to the most."""
     if asked != "auto":
         return (asked,)
-    return ("single",) if world_size == 1 else ("ddp", *SHARDED)
+    if need.world_size == 1:
+        return ("single",)
+    return ("ddp", *(name for name in SHARDED if not (name == "zero3" and need.compiles)))
 
 
-def nearest_change(need: Need, facts: ModelFacts, fits: list[Fit], budget: int) -> str:
-    """The first change that would fit, in words with the keys to set; what is missing when none does."""
+def nearest_change(need: Need, facts: ModelFacts, fits: list[Fit], budget: int, free: bool) -> str:
+    """The first change that would fit, with all keys to set; or that none does. free: micro_batch_size is auto."""
     least = min(fits, key=lambda entry: entry.estimate.peak)
-    at_least = least.micro_batches
-    trials: list[tuple[str, Need, tuple[str, ...]]] = []
-    here = tuple(entry.strategy for entry in fits)
-    everything: tuple[str, ...] = ("ddp", *SHARDED) if need.world_size > 1 else ("single",)
-    trials.append(("train.micro_batch_size=auto", need, here))
-    recomputed = replace(need, checkpointing=True)
-    trials.append(("parallel.strategy=auto", need, everything))
-    trials.append(("parallel.strategy=auto train.activation_checkpointing=true", recomputed, everything))
+    own = "" if free else "train.micro_batch_size=auto "
+    whole = own + ("parallel.offload=null " if need.offload else "")
+    plain = replace(need, offload=None)
+    every = candidates(plain, "auto")
+    recompute = "train.activation_checkpointing=true"
+    trials = [] if free else [(own, need, tuple(entry.strategy for entry in fits))]
+    trials.append((f"{whole}parallel.strategy=auto", plain, every))
+    trials.append((f"{whole}parallel.strategy=auto {recompute}", replace(plain, checkpointing=True), every))
     for offload, strategy in (("optimizer", "zero2"), ("optimizer", "zero3"), ("parameters", "zero3")):
-        words = f"parallel.strategy={strategy} parallel.offload={offload}"
-        trials.append((words, replace(need, offload=offload), (strategy,)))
-        words += " train.activation_checkpointing=true"
-        trials.append((words, replace(recomputed, offload=offload), (strategy,)))
-    for words, other, strategies in trials:
-        if other == need and set(strategies) <= set(here) and "micro_batch" not in words:
+        if strategy == "zero3" and need.compiles:
             continue
+        words = f"{own}parallel.strategy={strategy} parallel.offload={offload}"
+        trials.append((words, replace(need, offload=offload), (strategy,)))
+        trials.append((f"{words} {recompute}", replace(need, offload=offload, checkpointing=True), (strategy,)))
+    for words, other, strategies in trials:
         for strategy in strategies:
-            found = smallest_accumulation(other, facts, strategy, at_least if other == need else 1, budget)
+            found = smallest_accumulation(other, facts, strategy, 1, budget)
             if found.fits:
-                return f"{words} would fit ({gib(found.estimate.peak)} a rank, {_in_words(found)})"
+                return (
+                    f"The nearest change: {words.strip()} would fit ({_in_words(found)}, {gib(found.estimate.peak)})."
+                )
     world = need.world_size
     while world < min(need.global_batch_size, 4096):
         world *= 2
-        found = smallest_accumulation(replace(need, world_size=world), facts, "fsdp", 1, budget)
+        found = smallest_accumulation(replace(plain, world_size=world), facts, "fsdp", 1, budget)
         if found.fits:
-            return f"{world} ranks would fit with parallel.strategy=fsdp ({gib(found.estimate.peak)} a rank)"
-    return f"nothing here fits: the least is {gib(least.estimate.peak)} a rank ({_in_words(least)})"
+            words = f"{whole}parallel.strategy=fsdp"
+            return f"The nearest change: {world} ranks and {words} would fit ({gib(found.estimate.peak)} a rank)."
+    return f"Nothing that can be set makes it fit; the least is {gib(least.estimate.peak)} ({_in_words(least)})."
 
 
-def too_large(need: Need, facts: ModelFacts, fits: list[Fit], budget: int) -> ConfigError:
+def too_large(need: Need, facts: ModelFacts, fits: list[Fit], budget: int, free: bool) -> ConfigError:
     least = min(fits, key=lambda entry: entry.estimate.peak)
+    host = ""
+    if need.host_bytes is not None and least.estimate.host > need.host_bytes:
+        host = f"; and {gib(least.estimate.host)} of the CPU's memory a rank, where {gib(need.host_bytes)} are free"
     return ConfigError(
         f"the training does not fit: {gib(least.estimate.peak)} a rank are needed ({_in_words(least)}), but "
-        f"{gib(budget)} are free for it.\nThe nearest change: {nearest_change(need, facts, fits, budget)}."
+        f"{gib(budget)} are free for it{host}.\n{nearest_change(need, facts, fits, budget, free)}"
     )
 
 
@@ -205,8 +217,7 @@ def _counts(at_least: int, per_rank: int) -> list[int]:
 
 
 def _in_words(entry: Fit) -> str:
-    rows = num_words(entry.micro_batch_size, "row")
-    return f"{entry.strategy}, {num_words(entry.micro_batches, 'micro-batch')} of at most {rows}"
+    return f"{entry.strategy}, {num_words(entry.micro_batches, 'micro-batch')} a step"
 
 
 def num_words(count: int, word: str) -> str:

@@ -123,7 +123,9 @@ def _train(training: Training) -> None:
                 probe_largest(training, rows)
         wants_save = _minutes_passed(config.checkpoint.every_minutes, saved_at)
         with training.memory.around(index, state.step + 1, data.shapes):
-            launched = _launch(training, schedule, data, wants_save)
+            launched: Launched | None = _launch(training, schedule, data, wants_save)
+        if index == 0:
+            before, launched = launched, None  # a stop that was asked for during the start is heard at once
         # The step before this one has run by now: to read what it came to waits for nothing.
         stop_asked, save_asked = _settle(training, before, meter)
         before = launched
@@ -248,7 +250,7 @@ def probe_largest(training: Training, rows: Rows) -> None:
         plan.micro_batch_size,
     )  # fmt: skip
     batches = []
-    for shapes in (first, later)[: plan.micro_batches]:
+    for shapes in filter(None, (first, later)):
         count, length = max(shapes, key=lambda shape: shape[0] * shape[1])
         batch = training.task.example_batch(count, length)
         batch["weight"] = torch.ones(count)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import OptimConfig
+from dist_train.held import allocate_state
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -46,5 +47,9 @@ def make_optimizer(leaves: list[Tensor], config: OptimConfig) -> torch.optim.Opt
     """
     groups = parameter_groups(leaves, config.weight_decay)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        if config.momentum:
+            # Made empty by torch at the first step, and left so when that step is skipped.
+            allocate_state(optimizer, leaves, ["momentum_buffer"])
+        return optimizer
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

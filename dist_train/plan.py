@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dist_train.config import RunConfig
 from dist_train.data import num_micro_batches
 from dist_train.errors import ConfigError
 from dist_train.fit import (
+    CPU_SHARE,
     Fit,
     ModelFacts,
     Need,
@@ -131,12 +132,15 @@ def make_plan(
     precision = planned_precision(config, device)
     if precision == "fp16" and device == "cpu":
         raise ConfigError("train.precision is fp16, which needs a GPU: set it to fp32 or bf16 (or auto).")
-    chosen = _Way(candidates(world, asked)[0], *_micro_batches(config, device, world))
+    least = asked if asked != "auto" else "ddp" if world > 1 else "single"
+    chosen = _Way(least, *_micro_batches(config, device, world))
     budget: int | None = None
     fits: list[Fit] = []
     if facts is not None:
         budget = budget_bytes(hardware, processes)
         need = need_of(config, device, world)
+        if hardware.gpus and hardware.memory_gib:
+            need = replace(need, host_bytes=int(CPU_SHARE * hardware.memory_gib * 2**30 / processes))
         chosen, fits = _fitting(need, facts, asked, chosen, config.train.micro_batch_size == "auto", budget)
         notes.append(_why(chosen, fits, asked, budget))
     steps_per_epoch = -(-train_rows // train.global_batch_size)
@@ -195,6 +199,7 @@ def need_of(config: RunConfig, device: str, world: int) -> Need:
         bf16_communication=config.parallel.communication == "bf16",
         overlaps=device == "cuda",
         checkpointing=config.train.activation_checkpointing,
+        compiles=config.train.compile,
     )
 
 
@@ -209,14 +214,14 @@ def _fitting(
             return smallest_accumulation(need, facts, strategy, wanted.micro_batches, budget)
         return fit(need, facts, strategy, wanted.micro_batches, wanted.micro_batch_size, budget)
 
-    allowed = candidates(need.world_size, asked)
-    others = () if need.offload is not None else candidates(need.world_size, "auto")
+    allowed = candidates(need, asked)
+    others = () if need.offload is not None else candidates(need, "auto")
     seen = {strategy: look(strategy) for strategy in dict.fromkeys((*others, *allowed))}
     for strategy in allowed:
         found = seen[strategy]
         if found.fits:
             return _Way(strategy, found.micro_batch_size, found.micro_batches), list(seen.values())
-    raise too_large(need, facts, [seen[strategy] for strategy in allowed], budget)
+    raise too_large(need, facts, [seen[strategy] for strategy in allowed], budget, free)
 
 
 def _why(chosen: _Way, fits: list[Fit], asked: str, budget: int) -> str:

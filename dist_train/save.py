@@ -5,7 +5,9 @@ The ranks learn in the step's own collective who has written and who has failed,
 
 from __future__ import annotations
 
+import errno
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from dist_train import checkpoint_files as files
 from dist_train.checkpoint import pieces_of
 from dist_train.engine import Engine
+from dist_train.errors import StorageError
 from dist_train.held import Held
 from dist_train.rundir import storage_error
 
@@ -118,6 +121,11 @@ class Saver:
                 action()
             except OSError as error:
                 pending.error = error
+            except StorageError as error:  # of the event that tells of the commit
+                pending.error = error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))
+            except BaseException as error:
+                traceback.print_exc()
+                pending.error = OSError(errno.EIO, f"{type(error).__name__}: {error}")
 
         pending.thread = threading.Thread(target=attempt, name="checkpoint", daemon=True)
         pending.thread.start()

@@ -22,7 +22,7 @@ from dist_train.config import RunConfig
 from dist_train.config_io import Loaded
 from dist_train.contradictions import Settings, refuse
 from dist_train.deepspeed_config import deepspeed_config
-from dist_train.errors import ConfigError, DataError, StorageError
+from dist_train.errors import ConfigError, DataError, StorageError, UnmeasuredError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.memory_facts import Measure, model_facts
@@ -128,7 +128,11 @@ def planned_run(directory: RunDir) -> Start:
     """A run as it is, to be looked at or evaluated again. The caller holds the directory."""
     config = config_io.load_run_config(directory)
     facts = kept_data(directory, config, load_recipe(config.recipe))
-    return _planned(directory, config, config_io.recorded_sources(directory), facts, None, None)
+    # Not judged by memory: evaluation needs the weights alone.
+    hardware = detect_hardware()
+    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
+    settings = Settings(config_io.flatten(config), config_io.recorded_sources(directory))
+    return Start(directory, config, plan, hardware, settings)
 
 
 def write_attempt(start: Start, event: str, commands: str) -> int:
@@ -306,6 +310,12 @@ def _planned(
     hardware = detect_hardware()
     device = "cuda" if hardware.gpus else "cpu"
     known = model_facts(config, load_recipe(config.recipe), facts, device, measure if hardware.gpus else None)
+    try:
+        if known is not None:
+            known.profile(config.train.activation_checkpointing)
+    except UnmeasuredError as error:
+        print(f"note           the plan does not judge memory: {error}", flush=True)
+        known = None
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], world_size, known)
     return Start(directory, config, plan, hardware, Settings(config_io.flatten(config), sources))
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_train.blocks import repeated_blocks
+from dist_train.errors import ConfigError
 from dist_train.held import Held, allocate_state
 from dist_train.task import Batch
 
@@ -36,6 +37,12 @@ class Fsdp:
         bf16: bool,
     ) -> None:
         """bf16: sum the gradients over the ranks in bf16."""
+        scalars = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
+        if scalars:
+            raise ConfigError(
+                f"parallel.strategy is fsdp, which cannot shard {scalars[0]}, a parameter without a dimension: give it "
+                "the shape (1,), or set parallel.strategy to zero3."
+            )
         mesh = init_device_mesh(device.type, (world_size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if bf16 else None)
         for block in repeated_blocks(module):

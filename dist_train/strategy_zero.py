@@ -29,6 +29,8 @@ class Zero:
         self.module: nn.Module = engine.module
         self.shards_gradients = stage >= 2
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
+        # DeepSpeed would scale the loss of fp16 a second time, by a scaler that it makes for itself.
+        self._zero.torch_autocast_gradscaler = None
         self._clip_norm = float(self._zero.clip_grad)
         self._order = _FixedOrder(self._zero, [p for p in self.module.parameters() if p.requires_grad])
 

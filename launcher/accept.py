@@ -18,7 +18,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dist_train.errors import CrashError, NumericError, StorageError, ToolkitError
+from dist_train.errors import CrashError, NumericError, StorageError
 from dist_train.events import read_lines
 from dist_train.hardware import detect_hardware
 from dist_train.rundir import RunDir, write_json
@@ -60,7 +60,8 @@ def accept_machine(nodes: int | None, gpus_per_node: int | None, output: str) ->
             started = time.monotonic()
             try:
                 good, words, seen = check()
-            except ToolkitError as error:
+            except Exception as error:  # one check that breaks must not hide what the others saw
+                print(f"failed: {error}")
                 good, words, seen = False, str(error).splitlines()[0], str(error)
             seconds = round(time.monotonic() - started, 1)
             record["checks"][name] = {"good": good, "words": words, "seconds": seconds, "seen": seen}

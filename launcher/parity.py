@@ -55,7 +55,8 @@ def check_parity(
     """Run all cases and print the table. NumericError past the tolerance, or when the model cannot be equal."""
     gpus = len(detect_hardware().gpus)
     ranks = ranks or gpus or 2
-    tolerance = tolerance or (1e-3 if gpus else 1e-5)
+    if tolerance is None:
+        tolerance = 1e-3 if gpus else 1e-5
     config = config_io.load(recipe, settings).config
     fixed = ["track.wandb=disabled", f"train.stop_after_steps={steps}"]
     if "model.dropout" in config_io.flatten(config):

@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from dist_train.errors import ConfigError, CrashError, ToolkitError, error_for_code
+from dist_train.errors import CrashError, ToolkitError, UnmeasuredError, error_for_code
 from dist_train.events import read_lines
 from dist_train.heartbeat import waited_in_vain
 from dist_train.rundir import RunDir, storage_error
@@ -235,12 +235,12 @@ def _stopped(message: str) -> ToolkitError:
     return error
 
 
-def run_to_success(command: list[str], what: str, environment: dict[str, str]) -> None:
-    """Run a command of our own to its end. ConfigError with its last words when it fails."""
+def run_measurement(command: list[str], what: str, environment: dict[str, str]) -> None:
+    """Run a command of our own to its end. UnmeasuredError with its last words when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         words = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ConfigError(f"{what}: {words[-1]}")
+        raise UnmeasuredError(f"{what}: {words[-1]}")
 
 
 def read_output(command: list[str]) -> str | None:

@@ -69,10 +69,9 @@ def _print_memory(plan: LaunchPlan) -> None:
         seen = entry.estimate
         parts = (seen.parameters, seen.gradients, seen.optimizer, seen.ema, seen.copies)
         more = (seen.activations, seen.temporaries, seen.communication, seen.peak)
-        batches = f"{entry.micro_batches} x {entry.micro_batch_size}"
         mark = "chosen" if entry.strategy == plan.strategy else "yes" if entry.fits else "no"
         cells = [f"{value / 2**30:.2f}" for value in (*parts, *more)]
-        table.add_row(entry.strategy, *cells, mark, batches, f"{seen.sent / 2**30:.2f}")
+        table.add_row(entry.strategy, *cells, mark, str(entry.micro_batches), f"{seen.sent / 2**30:.2f}")
     open_console().print(table)
     print("temporaries hold logits and casts; buffers are those of the collectives")
     chosen = next(entry.estimate for entry in plan.fits if entry.strategy == plan.strategy)

@@ -77,6 +77,8 @@ class Engine:
             model.to(self.device)
             self.strategy = Replicated(model, self.accelerator.prepare_model(model), optimizer, bf16)
         self.module = self.strategy.module
+        self._floating_buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+        self.begin_step()
 
     def _prepare_zero(self, model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> Zero:
         from deepspeed.utils import safe_get_full_grad
@@ -139,6 +141,11 @@ class Engine:
         for buffer, before in zip(self.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
+    def begin_step(self) -> None:
+        """Remember the buffers that a forward pass changes: the statistics of a BatchNorm must not keep what is not
+        finite either."""
+        self._before = [buffer.clone() for buffer in self._floating_buffers]
+
     def step(self, wishes: Tensor) -> StepOutcome:
         """Sum `wishes` [n] (float64) over the ranks, clip by the true global norm, and update the weights unless a
         gradient was not finite: decided on the device and alike on all ranks, without waiting for it."""
@@ -148,6 +155,8 @@ class Engine:
             norm, nonfinite = self.strategy.step(scale)
         else:
             sums, norm, nonfinite = self._clip_and_step(wishes, scale)
+        for buffer, before in zip(self._floating_buffers, self._before, strict=True):
+            buffer.copy_(torch.where(nonfinite > 0, before, buffer))
         at_bottom = torch.ones_like(norm) if self.scaler is None else self.scaler.at_bottom()
         if self.scaler is not None:
             self.scaler.update(nonfinite)

@@ -205,6 +205,7 @@ def _launch(training: Training, schedule: Schedule, data: StepData, wants_save: 
     """Forward, backward, agree, update: enqueued on the device, with nothing read back."""
     config, plan, state, engine = training.config, training.plan, training.state, training.engine
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    engine.begin_step()
     for index, batch in enumerate(data.batches):
         _seed_model(training, index)
         last = index == len(data.batches) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,18 @@ CPU = Hardware("host", "cpu", 2, 8.0)
 
 
 def make_training(
-    path: Path, world_size: int, task: TinyTask, attempt: int = 1, hardware: Hardware = CPU, **sections: Any
+    path: Path,
+    world_size: int,
+    task: TinyTask,
+    attempt: int = 1,
+    hardware: Hardware = CPU,
+    precision: str | None = None,
+    **sections: Any,
 ) -> Training:
-    """A training of `task` in the run directory `path`, at the newest checkpoint there."""
+    """A training of `task` in the run directory `path`, at the newest checkpoint there.
+
+    precision: one that the plan would refuse here.
+    """
     settings: dict[str, Any] = {
         "train": {"global_batch_size": 16, "steps": 20, **sections.pop("train", {})},
         "optim": {"lr": 1e-2, **sections.pop("optim", {})},
@@ -142,6 +151,8 @@ def make_training(
     run = RunDir(path)
     run.logs.mkdir(parents=True, exist_ok=True)
     plan = make_plan(config, hardware, task.num_rows, world_size)
+    if precision is not None:
+        plan = replace(plan, precision=precision)
     rank = int(os.environ.get("RANK", "0"))
     training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank))
     restore(training)

@@ -23,7 +23,7 @@ class Classifier(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
-        logits = self.body(batch["tokens"], batch["mask"])
+        logits = self.body(batch["tokens"], batch["mask"], batch["poison"])
         if self.training:
             self.calls += 1
             losses = F.cross_entropy(logits, batch["label"], reduction="none")
@@ -47,11 +47,11 @@ class TransformerBody(nn.Module):
             self.mix.weight = self.token.weight
         self.head = nn.Linear(VOCABULARY, CLASSES)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, poison: Tensor) -> Tensor:
         states = self.token(tokens)
         for layer in self.layers:
             states = layer(states, src_key_padding_mask=~mask)
-        pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        pooled = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True) + poison[:, None]
         return self.head(torch.tanh(self.mix(pooled)))
 
 
@@ -62,11 +62,11 @@ class LstmBody(nn.Module):
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.head = nn.Linear(width, CLASSES)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, poison: Tensor) -> Tensor:
         lengths = mask.sum(1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(self.token(tokens), lengths, batch_first=True, enforce_sorted=False)
         _, (last, _) = self.lstm(packed)
-        return self.head(last[-1])
+        return self.head(last[-1] + poison[:, None])
 
 
 class CnnBody(nn.Module):
@@ -80,17 +80,24 @@ class CnnBody(nn.Module):
         )
         self.head = nn.Linear(widths[-1], CLASSES)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor, poison: Tensor) -> Tensor:
         padded = F.pad(tokens, (0, LONGEST - tokens.shape[1]))
-        image = F.one_hot(padded, VOCABULARY)[:, None].float()
+        image = F.one_hot(padded, VOCABULARY)[:, None].float() + poison[:, None, None, None]
         for stage in self.stages:
             image = stage(image)
         return self.head(image.mean((2, 3)))
 
 
+class UnusedLayer(TransformerBody):
+    def __init__(self) -> None:
+        super().__init__(width=32)
+        self.unused = nn.Linear(8, 8)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: Classifier(TransformerBody()),
     "tied transformer": lambda: Classifier(TransformerBody(tied=True)),
+    "unused layer": lambda: Classifier(UnusedLayer()),
     "lstm": lambda: Classifier(LstmBody()),
     "cnn": lambda: Classifier(CnnBody(lambda width: nn.GroupNorm(4, width))),
     "cnn with BatchNorm": lambda: Classifier(CnnBody(nn.BatchNorm2d)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,7 @@ def test_micro_batches_are_the_fewest_that_fit_and_stay_what_was_asked_for() -> 
         (7.0, 8, {"parallel": {"strategy": "ddp"}, "train": {"micro_batch_size": 8}}, "train.micro_batch_size=auto"),
         (5.3, 8, {"parallel": {"strategy": "ddp"}}, "parallel.strategy=auto"),
         (5.0, 1, {}, "parallel.offload=optimizer"),
-        (1.8, 8, {}, "nothing here fits: the least is"),
+        (1.8, 8, {}, "Nothing that can be set makes it fit; the least is"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_nearest_change(
@@ -83,11 +85,26 @@ def test_what_cannot_fit_is_refused_with_the_nearest_change(
     assert words in str(refusal.value)
 
 
-def test_a_change_that_is_named_does_fit() -> None:
-    with pytest.raises(ConfigError) as refusal:
-        _plan(5.3, parallel={"strategy": "ddp"})
-    assert "parallel.strategy=auto" in str(refusal.value)
-    assert _plan(5.3, parallel={"strategy": "auto"}).strategy != "ddp"
+@pytest.mark.parametrize("memory_gib", [2.6, 3.0, 3.5, 4.0, 4.5, 5.3])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"parallel": {"strategy": "ddp"}, "train": {"micro_batch_size": 8}},
+        {"parallel": {"strategy": "zero2", "offload": "optimizer"}},
+        {"parallel": {"strategy": "ddp"}, "train": {"compile": True}},
+    ],
+)
+def test_a_change_that_is_named_does_fit(memory_gib: float, sections: dict[str, Any]) -> None:
+    try:
+        _plan(memory_gib, **json.loads(json.dumps(sections)))
+        return
+    except ConfigError as error:
+        words = re.findall(r"(parallel|train)\.(\w+)=(\w+)", str(error).splitlines()[-1])
+    assert words
+    changed = json.loads(json.dumps(sections))
+    for section, key, value in words:
+        changed.setdefault(section, {})[key] = {"true": True, "null": None}.get(value, value)
+    assert _plan(memory_gib, **changed).strategy
 
 
 def test_the_largest_micro_batches_are_those_that_the_partition_makes() -> None:
@@ -100,7 +117,5 @@ def test_the_largest_micro_batches_are_those_that_the_partition_makes() -> None:
 
 
 def test_a_plan_with_its_estimates_is_the_same_after_it_was_written_and_read() -> None:
-    import json
-
     plan = _plan(80)
     assert LaunchPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -83,6 +83,19 @@ def test_a_full_disk_in_the_background_ends_the_training_at_a_step(
     assert committed_steps(tmp_path) == []
 
 
+def test_a_save_that_fails_in_another_way_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(save_module.files, "write_shard", broken)
+    saver, commits = _saver(tmp_path)
+    saver.start([whole("model/w", torch.ones(3))], 7, {})
+    with pytest.raises(StorageError, match="RuntimeError: no memory"):
+        saver.finish()
+    assert commits == []
+    assert committed_steps(tmp_path) == []
+
+
 def test_a_save_that_stops_training_is_committed_when_it_returns(tmp_path: Path) -> None:
     saver, commits = _saver(tmp_path, asynchronous=False)
     saver.start([whole("model/w", torch.ones(3))], 2, {})

@@ -162,20 +162,63 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight_under_any_strategy(tmp_
     assert curve(tmp_path)[7] is not None
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("strategy", ["single", *SHARDED])
-def test_the_probe_of_the_largest_micro_batch_changes_nothing(tmp_path: Path, strategy: str) -> None:
+def test_the_probe_of_the_largest_micro_batch_changes_nothing(tmp_path: Path, strategy: str, optimizer: str) -> None:
     world_size = 1 if strategy == "single" else 2
-    run_ranks(world_size, _train_probed, tmp_path / "probed", world_size, strategy, True)
-    run_ranks(world_size, _train_probed, tmp_path / "plain", world_size, strategy, False)
+    run_ranks(world_size, _train_probed, tmp_path / "probed", world_size, strategy, optimizer, True)
+    run_ranks(world_size, _train_probed, tmp_path / "plain", world_size, strategy, optimizer, False)
     assert curve(tmp_path / "probed") == curve(tmp_path / "plain")
 
 
-def _train_probed(path: Path, world_size: int, strategy: str, probes: bool) -> None:
-    parallel = {"strategy": strategy}
-    training = make_training(path, world_size, TinyTask(), parallel=parallel, train={"steps": 6, "micro_batch_size": 4})
+def _train_probed(path: Path, world_size: int, strategy: str, optimizer: str, probes: bool) -> None:
+    sections = {"parallel": {"strategy": strategy}, "train": {"steps": 6, "micro_batch_size": 4}}
+    training = make_training(path, world_size, TinyTask(), optim={"name": optimizer}, **sections)
     if probes:
         probe_largest(training, training.task.rows("train"))
     train(training)
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero1", "zero2", "zero3", "fsdp"])
+def test_fp16_scales_the_loss_once_under_every_strategy(tmp_path: Path, strategy: str) -> None:
+    """On a CPU the plan refuses fp16; the engine can, and so this is tested without a GPU."""
+    losses, norms = run_ranks(1, _train_fp16, tmp_path, strategy)[0]
+    exact = _alone("transformer")
+    np.testing.assert_allclose(losses, exact["losses"][:5], rtol=2e-2)
+    np.testing.assert_allclose(norms, exact["gradient_norms"][:5], rtol=5e-2)
+
+
+def _train_fp16(path: Path, strategy: str) -> tuple[list[float], list[float]]:
+    training = make_training(
+        path, 1, TinyTask(model="transformer"), parallel={"strategy": strategy}, optim={"lr": 3e-4}, precision="fp16"
+    )
+    recorder = Recorder(training.engine)
+    train(training)
+    curves = recorder.curves()
+    return curves["losses"][:5], curves["gradient_norms"][:5]
+
+
+@pytest.mark.parametrize("strategy", ["single", "zero2", "zero3"])
+def test_a_parameter_without_a_gradient_survives_a_resume(tmp_path: Path, strategy: str) -> None:
+    for attempt, stop in ((1, 7), (2, None)):
+        run_ranks(1, _train_unused, tmp_path / "parts", strategy, stop, attempt)
+    run_ranks(1, _train_unused, tmp_path / "whole", strategy, None, 1)
+    np.testing.assert_allclose(curve(tmp_path / "parts"), curve(tmp_path / "whole"), rtol=1e-5)
+
+
+def _train_unused(path: Path, strategy: str, stop: int | None, attempt: int) -> None:
+    sections = {"parallel": {"strategy": strategy}, "train": {"stop_after_steps": stop}}
+    train_tiny(path, 1, TinyTask(model="unused layer"), attempt, **sections)
+
+
+def test_statistics_of_a_batch_norm_do_not_keep_what_is_not_finite(tmp_path: Path) -> None:
+    poisoned = int(Schedule(203, 16, 0).rows_of(6)[3])
+    weights = run_ranks(1, _train_poisoned_norm, tmp_path, poisoned)[0]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
+def _train_poisoned_norm(path: Path, poisoned: int) -> dict[str, torch.Tensor]:
+    return train_tiny(path, 1, TinyTask(model="cnn with BatchNorm", poisoned=(poisoned,)))
 
 
 @pytest.mark.parametrize("strategy", SHARDED)

@@ -44,8 +44,9 @@ class Recorder:
     def _recorded(self, wishes: Tensor) -> StepOutcome:
         whole = self._engine.strategy.full_gradients()
         scale = 1.0 if self._engine.scaler is None else float(self._engine.scaler.scale)
-        flat = torch.cat([whole[name].detach().reshape(-1) for name in sorted(whole)])
-        self.gradients.append((flat / scale).float().cpu().numpy())
+        if self._engine.rank == 0:  # one copy of all whole gradients is enough
+            flat = torch.cat([whole[name].detach().reshape(-1) for name in sorted(whole)])
+            self.gradients.append((flat / scale).float().cpu().numpy())
         outcome = self._step(wishes)
         self._outcomes.append(outcome)
         return outcome

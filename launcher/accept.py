@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dist_train.errors import CrashError, NumericError, StorageError
+from dist_train.errors import ConfigError, CrashError, NumericError, StorageError
 from dist_train.events import read_lines
 from dist_train.hardware import detect_hardware
 from dist_train.rundir import RunDir, write_json
@@ -47,30 +48,36 @@ def accept_machine(nodes: int | None, gpus_per_node: int | None, output: str) ->
     if not target.parent.is_dir():
         raise StorageError(f"--output is {output}, but {target.parent} is no folder.")
     record: dict[str, Any] = {"environment": environment_facts(hardware, git_state(), None), "checks": {}}
-    with tempfile.TemporaryDirectory(prefix="dist-train-accept-") as folder:
-        own.append(f"output_dir={folder}")
-        checks: dict[str, Callable[[], Result]] = {
-            "doctor": _doctor,
-            "collectives": lambda: _collectives(own, ranks),
-            "parity of strategies": lambda: _parity(own, ranks),
-            "kill and resume": lambda: _kill_and_resume(own, ranks),
-        }
-        for name, check in checks.items():
-            print(f"\n== {name}", flush=True)
-            started = time.monotonic()
-            try:
-                good, words, seen = check()
-            except Exception as error:  # one check that breaks must not hide what the others saw
-                print(f"failed: {error}")
-                good, words, seen = False, str(error).splitlines()[0], str(error)
-            seconds = round(time.monotonic() - started, 1)
-            record["checks"][name] = {"good": good, "words": words, "seconds": seconds, "seen": seen}
-            write_json(target, record)
+    if (nodes or 1) > 1:
+        raise ConfigError(
+            f"--nodes is {nodes}, but this command starts ranks on this machine alone: run it on each machine, without "
+            "--nodes."
+        )
+    folder = tempfile.mkdtemp(prefix="dist-train-accept-")
+    own.append(f"output_dir={folder}")
+    checks: dict[str, Callable[[], Result]] = {
+        "doctor": _doctor,
+        "collectives": lambda: _collectives(own, ranks),
+        "parity of strategies": lambda: _parity(own, ranks),
+        "kill and resume": lambda: _kill_and_resume(own, ranks),
+    }
+    for name, check in checks.items():
+        print(f"\n== {name}", flush=True)
+        started = time.monotonic()
+        try:
+            good, words, seen = check()
+        except Exception as error:  # one check that breaks must not hide what the others saw
+            print(f"failed: {error}")
+            good, words, seen = False, str(error).splitlines()[0], str(error)
+        seconds = round(time.monotonic() - started, 1)
+        record["checks"][name] = {"good": good, "words": words, "seconds": seconds, "seen": seen}
+        write_json(target, record)
     _print_table(record["checks"])
     print(f"all that was seen: {target}")
     bad = [name for name, entry in record["checks"].items() if not entry["good"]]
     if bad:
-        raise NumericError(f"not as it must be: {', '.join(bad)}. Details: {target}")
+        raise NumericError(f"not as it must be: {', '.join(bad)}. Details: {target}; runs and logs: {folder}")
+    shutil.rmtree(folder)
 
 
 def _doctor() -> Result:
@@ -106,6 +113,9 @@ def _kill_and_resume(settings: list[str], ranks: int) -> Result:
         return False, "the run ended before the rank could be killed", None
     except CrashError as error:
         print(f"as intended: {str(error).splitlines()[0]}")
+    reached = max(_losses(killed), default=0)
+    if reached >= max(_losses(whole)):
+        return False, "the rank was killed after the last step: nothing was left to resume", None
     resume(str(killed.path), [], [])
     before, after = _losses(whole), _losses(killed)
     same = before == after

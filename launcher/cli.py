@@ -129,7 +129,7 @@ def parity(recipe: str, settings: tuple[str, ...], ranks: int | None, steps: int
 
 
 @cli.command(short_help="Try a new machine or cluster once, whole.")
-@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--nodes", type=int, help="Machines; only 1 so far: run it on each one.")
 @click.option("--gpus-per-node", type=int, help="GPUs of each machine, or CPU ranks; else every GPU, or 2 on a CPU.")
 @click.option("--output", default="accept.json", show_default=True, help="File of the results, to send in.")
 def accept(nodes: int | None, gpus_per_node: int | None, output: str) -> None:

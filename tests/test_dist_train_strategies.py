@@ -64,7 +64,7 @@ def test_every_strategy_has_the_losses_norms_and_gradients_of_one_process(
             assert rank["optimizer_bytes"] < 0.9 * expected["optimizer_bytes"]
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("strategy", SHARDED)
 @pytest.mark.parametrize(
     "sections",
     [

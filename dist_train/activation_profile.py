@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from dist_train.blocks import checkpoint_activations, repeated_blocks
 from dist_train.config import RunConfig
 from dist_train.config_io import load
+from dist_train.errors import UnmeasuredError
 from dist_train.model_profile import (
     NO_GRADIENT,
     OUTSIDE,
@@ -258,11 +259,15 @@ def _length_points(shortest: int, longest: int) -> tuple[int, ...]:
 
 
 def measure_for(config: RunConfig, prepared: Path, out: Path, precision: str) -> None:
-    """Measure the model of `config` and keep the profile in `out`."""
+    """Measure the model of `config` and keep the profile in `out`. UnmeasuredError when it cannot be."""
     task = load_recipe(config.recipe).task.make_task(config, prepared)
     lengths = task.rows("train").lengths
     span = (int(lengths.min()), int(lengths.max()))
-    store_profile(out, measure(task, precision, config.train.activation_checkpointing, span))
+    try:
+        profile = measure(task, precision, config.train.activation_checkpointing, span)
+    except Exception as error:  # whatever a recipe's model needs that is not here
+        raise UnmeasuredError(f"the model could not be measured: {type(error).__name__}: {error}") from error
+    store_profile(out, profile)
 
 
 def main(arguments: list[str]) -> int:

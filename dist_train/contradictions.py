@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import ConfigError, UnsafeInputError
-from dist_train.yaml_data import MAX_BYTES, MAX_DEPTH
+from dist_train.yaml_data import MAX_DEPTH, read_beginning, refuse_large
 
 # How the files begin that may run code when they are loaded: a pickle, and the zip that torch.save makes.
 _PICKLES = (b"\x80", b"PK\x03\x04")
-
 
 # What a script has instead of a recipe's keys.
 SCRIPT_FLAGS = {
@@ -60,17 +59,10 @@ def refuse(problems: list[str]) -> None:
 
 def read_bounded(path: Path, shown: str) -> str:
     """The text of a small file. ConfigError where there is none, UnsafeInputError for what is no text."""
-    if not path.is_file():
-        raise ConfigError(f"{shown} cannot be read: {'it is a folder' if path.is_dir() else 'there is no such file'}.")
-    try:
-        with open(path, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{shown} cannot be read: {error.strerror or error}.") from error
+    content = read_beginning(path, shown)
     if content.startswith(_PICKLES):
         raise UnsafeInputError(f"{shown} is a pickle or an archive, which may run code: give a text file.")
-    if len(content) > MAX_BYTES:
-        raise UnsafeInputError(f"{shown} is larger than {MAX_BYTES >> 20} MiB, which no config file needs.")
+    refuse_large(content, shown)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -118,7 +118,7 @@ class Engine:
         """What must run once, and be thrown away, before the first step is like all others."""
 
         def run() -> None:
-            with self._buffers_kept():
+            with self.buffers_kept():
                 self.backward(batch, 1.0, last=True)
                 self.strategy.zero_grad()
 
@@ -127,7 +127,7 @@ class Engine:
     def probe(self, batches: list[Batch]) -> None:
         """A whole step that changes nothing: its gradient is NaN by its divisor, and such a step is skipped."""
         scale = None if self.scaler is None else self.scaler.state_dict()
-        with self._buffers_kept():
+        with self.buffers_kept():
             for index, batch in enumerate(batches):
                 self.backward(batch, float("nan"), last=index == len(batches) - 1)
             self.step(torch.zeros(1, dtype=torch.float64, device=self.device)).read()
@@ -135,7 +135,8 @@ class Engine:
             self.scaler.load_state_dict(scale)
 
     @contextlib.contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
+    def buffers_kept(self) -> Iterator[None]:
+        """What forward passes within change in the buffers is undone at the end."""
         buffers = [buffer.clone() for buffer in self.module.buffers()]
         yield
         for buffer, before in zip(self.module.buffers(), buffers, strict=True):
@@ -186,10 +187,6 @@ class Engine:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
-
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Elementwise sum over the ranks in one collective, in double precision."""
-        return self._all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def gather_rows(self, array: np.ndarray) -> np.ndarray:
         """Concatenate the ranks' arrays along the first axis, on every rank."""

@@ -217,12 +217,7 @@ def _counts(at_least: int, per_rank: int) -> list[int]:
 
 
 def _in_words(entry: Fit) -> str:
-    return f"{entry.strategy}, {num_words(entry.micro_batches, 'micro-batch')} a step"
-
-
-def num_words(count: int, word: str) -> str:
-    plural = "es" if word.endswith("ch") else "s"
-    return f"{count} {word}{plural * (count != 1)}"
+    return f"{entry.strategy}, {entry.micro_batches} micro-batch{'es' * (entry.micro_batches > 1)} a step"
 
 
 def gib(size: float) -> str:

@@ -123,12 +123,15 @@ def _train(training: Training) -> None:
                 probe_largest(training, rows)
         wants_save = _minutes_passed(config.checkpoint.every_minutes, saved_at)
         with training.memory.around(index, state.step + 1, data.shapes):
-            launched: Launched | None = _launch(training, schedule, data, wants_save)
+            launched = _launch(training, schedule, data, wants_save)
         if index == 0:
-            before, launched = launched, None  # a stop that was asked for during the start is heard at once
-        # The step before this one has run by now: to read what it came to waits for nothing.
-        stop_asked, save_asked = _settle(training, before, meter)
-        before = launched
+            # A stop that was asked for during the start is heard at once.
+            stop_asked, save_asked = _settle(training, launched, meter)
+            before = None
+        else:
+            # The step before this one has run by now: to read what it came to waits for nothing.
+            stop_asked, save_asked = _settle(training, before, meter)
+            before = launched
         # A staged stop is no reason to evaluate: the stages together must do what one run does.
         evaluates = _evaluation_due(config, schedule, state.step, plan.steps)
         due = config.checkpoint.every_steps is not None and state.step % config.checkpoint.every_steps == 0
@@ -250,18 +253,19 @@ def probe_largest(training: Training, rows: Rows) -> None:
         rows.lengths, plan.global_batch_size, training.config.seed, plan.world_size, plan.micro_batches,
         plan.micro_batch_size,
     )  # fmt: skip
+    largest = [max(shapes, key=lambda shape: shape[0] * shape[1]) for shapes in (first, later) if shapes]
     batches = []
-    for shapes in filter(None, (first, later)):
-        count, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+    for count, length in largest:
         batch = training.task.example_batch(count, length)
         batch["weight"] = torch.ones(count)
         batches.append(engine.to_device(batch))
     try:
         engine.probe(batches)
     except torch.OutOfMemoryError as error:
+        rows_tried = max(count for count, _ in largest)
         raise ConfigError(
-            f"the planned micro-batches of {plan.micro_batch_size} rows do not fit after all: {error}\n"
-            f"Set train.micro_batch_size={max(1, plan.micro_batch_size // 2)}; it was auto, chosen by the plan."
+            f"the planned micro-batches of up to {rows_tried} rows do not fit after all: {error}\n"
+            f"Set train.micro_batch_size={max(1, rows_tried // 2)}; it was auto, chosen by the plan."
         ) from error
 
 

@@ -42,11 +42,6 @@ class Estimate:
     def from_json(value: dict[str, Any]) -> Estimate:
         return Estimate(**{item.name: value[item.name] for item in fields(Estimate)})
 
-    @property
-    def state(self) -> int:
-        """Parameters, gradients and optimizer state."""
-        return self.parameters + self.gradients + self.optimizer
-
 
 def estimate(profile: ModelProfile, setting: Setting) -> Estimate:
     """The peak of one rank, the fullest one where they differ."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import RunConfig
-from dist_train.errors import CrashError
+from dist_train.errors import UnmeasuredError
 from dist_train.fit import ModelFacts
 from dist_train.model_profile import ModelProfile, load_profile, profile_file
 from dist_train.plan import planned_precision
@@ -30,19 +30,19 @@ def model_facts(
     def profile(checkpointing: bool) -> ModelProfile:
         train = config.train.model_copy(update={"activation_checkpointing": checkpointing})
         changed = config.model_copy(update={"train": train})
-        path = profile_path(changed, recipe, data, precision)
+        path = _profile_path(changed, recipe, data, precision)
         found = load_profile(path)
         if found is None and measure is not None:
             measure(changed, folder, path, precision)
             found = load_profile(path)
         if found is None:
-            raise CrashError(f"the model could not be measured for the plan: {path} was not written.")
+            raise UnmeasuredError(f"the model could not be measured for the plan: {path} was not written.")
         return found
 
-    if measure is None and load_profile(profile_path(config, recipe, data, precision)) is None:
+    if measure is None and load_profile(_profile_path(config, recipe, data, precision)) is None:
         return None
     return ModelFacts(profile, recipe.data.lengths(folder))
 
 
-def profile_path(config: RunConfig, recipe: Recipe, data: dict[str, Any], precision: str) -> Path:
+def _profile_path(config: RunConfig, recipe: Recipe, data: dict[str, Any], precision: str) -> Path:
     return profile_file(config, data["fingerprint"], precision, Path(str(recipe.config.__file__)).parent)

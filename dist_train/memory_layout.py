@@ -1,6 +1,6 @@
 """What one rank holds and sends under each strategy, in bytes: the arithmetic behind memory.py. Torch-free.
 
-docs/memory.md names the lines of torch and DeepSpeed that cause each copy.
+docs/memory.md says why each copy is there.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 
 from dist_train.activation_profile import measure_for
+from dist_train.errors import UnmeasuredError
 from dist_train.fit import setting_of
 from dist_train.loop import Training
 from dist_train.memory import estimate
@@ -31,8 +32,8 @@ def write_memory_record(training: Training, recipe: Recipe) -> None:
         need = need_of(config, plan.device, plan.world_size)
         setting = setting_of(need, plan.strategy, plan.micro_batches, (first, later), (1, first[0][1]))
         predicted = estimate(facts.profile(plan.activation_checkpointing), setting)
-    except Exception:
-        # A model that cannot be measured apart from its training is no reason to fail a training that is done.
+    except UnmeasuredError:
+        # No reason to fail a training that is done.
         traceback.print_exc()
         return
     error = predicted.peak / max(peaks) - 1

@@ -66,7 +66,7 @@ class ModelProfile:
     cached: Timeline
     """With autocast's cache of cast weights (or in fp32, where there is none)."""
     uncached: Timeline | None
-    """Without that cache, as under fsdp and zero3; None in fp32."""
+    """Without that cache, as under fsdp; None in fp32."""
     evaluation: list[list[int]]
     """[rows][lengths]: peak of a forward pass in evaluation."""
     method: str

@@ -55,7 +55,7 @@ class LaunchPlan:
     memory_budget: int | None = None
     """Bytes that one rank may hold; None where the model was not measured before the plan was made."""
     fits: tuple[Fit, ...] = ()
-    """What was looked at, the chosen one last among its strategy's."""
+    """What was looked at, one for each strategy; the plan's own is the one of its strategy."""
     notes: tuple[str, ...] = ()
 
     @property

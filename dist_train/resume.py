@@ -13,8 +13,6 @@ import torch
 from dist_train import checkpoint, checkpoint_files
 from dist_train.config import RunConfig
 from dist_train.data import INIT, derive_seed
-from dist_train.deepspeed_base import deepspeed_base
-from dist_train.deepspeed_config import deepspeed_config
 from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.events import log_event, read_lines
@@ -22,7 +20,7 @@ from dist_train.heartbeat import Heartbeat
 from dist_train.loop import Training, TrainState, make_saver
 from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
-from dist_train.rundir import RunDir
+from dist_train.rundir import RunDir, read_json
 from dist_train.stop import StopFlag
 from dist_train.task import Task
 from dist_train.track import Tracker
@@ -42,8 +40,7 @@ def build_training(
 
     fingerprints: what the result depends on beside the config, by name; a resume compares them.
     """
-    base = deepspeed_base(config)
-    deepspeed = deepspeed_config(plan, config.optim.clip_norm, base) if plan.strategy.startswith("zero") else None
+    deepspeed = read_json(run.deepspeed_config) if plan.strategy.startswith("zero") else None
     engine = Engine(plan, config.parallel.timeout_s, deepspeed)
     if engine.world_size != plan.world_size:
         raise ConfigError(

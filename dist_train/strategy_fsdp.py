@@ -24,7 +24,6 @@ class Fsdp:
     """Each repeated block is gathered when it runs and dropped after it; what lies outside the blocks makes one more
     group. The optimizer works on the plain local shards: nothing of it needs to know of DTensors."""
 
-    shards_gradients = True
     # A cached cast would keep the gathered weights of every block alive until the forward pass ends.
     autocast_caches = False
 

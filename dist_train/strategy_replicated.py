@@ -18,7 +18,6 @@ from dist_train.task import Batch
 class Replicated:
     """The module as it is, or inside DDP when there is more than one rank."""
 
-    shards_gradients = False
     autocast_caches = True
 
     def __init__(

@@ -27,7 +27,6 @@ class Zero:
         self._rank = rank
         self._full_gradient = full_gradient
         self.module: nn.Module = engine.module
-        self.shards_gradients = stage >= 2
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         # DeepSpeed would scale the loss of fp16 a second time, by a scaler that it makes for itself.
         self._zero.torch_autocast_gradscaler = None

@@ -66,15 +66,8 @@ def read_file(path: Path, shown: str) -> Table:
 
     ConfigError with file and line for what is no YAML mapping, UnsafeInputError for what is more than plain data.
     """
-    if not path.is_file():
-        raise ConfigError(f"{shown} cannot be read: {'it is a folder' if path.is_dir() else 'there is no such file'}.")
-    try:
-        with open(path, "rb") as stream:
-            content = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{shown} cannot be read: {error.strerror or error}.") from error
-    if len(content) > MAX_BYTES:
-        raise UnsafeInputError(f"{shown} is larger than {MAX_BYTES >> 20} MiB, which no config file needs.")
+    content = read_beginning(path, shown)
+    refuse_large(content, shown)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,6 +82,22 @@ def read_file(path: Path, shown: str) -> Table:
         kind = "a list" if isinstance(tree, Sequence) else "a single value"
         raise ConfigError(f"{shown}:{tree.line}: a config file holds `key: value` lines, but this one holds {kind}.")
     return tree
+
+
+def read_beginning(path: Path, shown: str) -> bytes:
+    """The file, or as much of it as tells that it is too large. ConfigError when it cannot be read."""
+    if not path.is_file():
+        raise ConfigError(f"{shown} cannot be read: {'it is a folder' if path.is_dir() else 'there is no such file'}.")
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{shown} cannot be read: {error.strerror or error}.") from error
+
+
+def refuse_large(content: bytes, shown: str) -> None:
+    if len(content) > MAX_BYTES:
+        raise UnsafeInputError(f"{shown} is larger than {MAX_BYTES >> 20} MiB, which no config file needs.")
 
 
 def parse(text: str, shown: str) -> Node | None:

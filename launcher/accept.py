@@ -41,20 +41,19 @@ Result = tuple[bool, str, Any]
 
 def accept_machine(nodes: int | None, gpus_per_node: int | None, output: str) -> None:
     """Run every check, print the table and write `output`. NumericError when one is not as it must be."""
-    hardware = detect_hardware()
-    ranks = gpus_per_node or len(hardware.gpus) or 2
-    own = [*_SETTINGS, f"parallel.nodes={nodes or 1}"]
-    target = Path(output).absolute()
-    if not target.parent.is_dir():
-        raise StorageError(f"--output is {output}, but {target.parent} is no folder.")
-    record: dict[str, Any] = {"environment": environment_facts(hardware, git_state(), None), "checks": {}}
     if (nodes or 1) > 1:
         raise ConfigError(
             f"--nodes is {nodes}, but this command starts ranks on this machine alone: run it on each machine, without "
             "--nodes."
         )
+    hardware = detect_hardware()
+    ranks = gpus_per_node or len(hardware.gpus) or 2
+    target = Path(output).absolute()
+    if not target.parent.is_dir():
+        raise StorageError(f"--output is {output}, but {target.parent} is no folder.")
+    record: dict[str, Any] = {"environment": environment_facts(hardware, git_state(), None), "checks": {}}
     folder = tempfile.mkdtemp(prefix="dist-train-accept-")
-    own.append(f"output_dir={folder}")
+    own = [*_SETTINGS, f"output_dir={folder}"]
     checks: dict[str, Callable[[], Result]] = {
         "doctor": _doctor,
         "collectives": lambda: _collectives(own, ranks),

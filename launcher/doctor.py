@@ -17,7 +17,7 @@ from dist_train.hardware import Hardware, detect_hardware
 from dist_train.yaml_data import read_file
 from slurm.allocation import read_allocation
 
-_PACKAGES = ("torch", "accelerate", "transformers", "datasets", "safetensors", "scikit-learn", "wandb")
+_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors", "scikit-learn", "wandb")
 _LEAST_SHM_MIB = 256
 _LEAST_DISK_GIB = 2
 

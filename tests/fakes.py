@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.config import RunConfig, Section
+from dist_train.deepspeed_config import deepspeed_config
 from dist_train.events import append_line, read_lines
 from dist_train.hardware import Hardware
 from dist_train.heartbeat import Heartbeat
@@ -21,7 +22,7 @@ from dist_train.loop import Training, train
 from dist_train.parity import whole_weights
 from dist_train.plan import make_plan
 from dist_train.resume import build_training, restore
-from dist_train.rundir import RunDir
+from dist_train.rundir import RunDir, write_json
 from dist_train.stop import StopFlag
 from dist_train.task import Batch, weighted_sum
 from tests.models import CLASSES, MODELS, VOCABULARY
@@ -153,6 +154,8 @@ def make_training(
     plan = make_plan(config, hardware, task.num_rows, world_size)
     if precision is not None:
         plan = replace(plan, precision=precision)
+    if plan.strategy.startswith("zero"):
+        write_json(run.deepspeed_config, deepspeed_config(plan, config.optim.clip_norm))
     rank = int(os.environ.get("RANK", "0"))
     training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank))
     restore(training)

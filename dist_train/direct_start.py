@@ -12,7 +12,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,16 @@ _SILENT_S = 60.0
 _VISIBLE_S = 60.0
 
 
-class RefusedElsewhereError(ToolkitError):
+class RefusedError(ToolkitError):
     """Rank 0 has refused, and has said why."""
 
 
 @contextlib.contextmanager
-def joined_run(arguments: list[str]) -> Iterator[tuple[RunDir, list[str]]]:
+def joined_run(arguments: list[str], say: Callable[[ToolkitError], None]) -> Iterator[tuple[RunDir, list[str]]]:
     """The run that all ranks train, and the worker's arguments. Rank 0 holds the directory meanwhile.
 
-    ToolkitError with the cause on rank 0, RefusedElsewhereError on the others.
+    What rank 0 refuses it says before the others hear of it: a launcher ends all ranks when the first one ends.
+    RefusedError then on every rank, another ToolkitError where a rank could not even ask.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ConfigError(USAGE)
@@ -59,8 +60,12 @@ def joined_run(arguments: list[str]) -> Iterator[tuple[RunDir, list[str]]]:
         try:
             with _beating(store):
                 start = _make_run(arguments[0], overrides, options, held)
-        except BaseException as error:
-            _publish(store, {"code": getattr(error, "exit_code", 1)})
+        except ToolkitError as error:
+            say(error)
+            _publish(store, {"code": error.exit_code})
+            raise _refused(error.exit_code) from error
+        except BaseException:
+            _publish(store, {"code": 1})
             raise
         _publish(store, {"path": str(start.directory.path)})
         yield start.directory, options
@@ -111,7 +116,7 @@ def _wait_for_run(store: Any, rank: int) -> RunDir:
             try:
                 now = store.add(_BEAT, 0)
             except RuntimeError:
-                raise RefusedElsewhereError("rank 0 ended before it made the run") from error
+                raise RefusedError("rank 0 ended before it made the run") from error
             if now != beat:
                 beat, heard = now, time.monotonic()
             if time.monotonic() - heard > _SILENT_S:
@@ -122,9 +127,7 @@ def _wait_for_run(store: Any, rank: int) -> RunDir:
     answer = json.loads(store.get(_ANSWER))
     store.add(_HEARD, 1)
     if "code" in answer:
-        refused = RefusedElsewhereError("rank 0 has refused to start")
-        refused.exit_code = answer["code"]
-        raise refused
+        raise _refused(answer["code"])
     run = RunDir(answer["path"])
     deadline = time.monotonic() + _VISIBLE_S
     while not run.plan.is_file():
@@ -135,6 +138,12 @@ def _wait_for_run(store: Any, rank: int) -> RunDir:
             )
         time.sleep(0.5)
     return run
+
+
+def _refused(code: int) -> RefusedError:
+    error = RefusedError("rank 0 has refused to start")
+    error.exit_code = code
+    return error
 
 
 def _publish(store: Any, answer: dict[str, Any]) -> None:

@@ -23,19 +23,23 @@ def main(arguments: list[str]) -> int:
     settle_rank_variables()
     if arguments and LAUNCHER_PID in os.environ and RunDir(arguments[0]).config.is_file():
         return run_attempt(RunDir(arguments[0]), arguments[1:])
-    from dist_train.direct_start import RefusedElsewhereError, joined_run
+    from dist_train.direct_start import RefusedError, joined_run
 
     terminal = os.dup(2)
+
+    def say(error: ToolkitError) -> None:
+        os.write(terminal, f"\n{error.title}: {error}\n".encode())
+
     try:
-        with joined_run(arguments) as (run, options):
+        with joined_run(arguments, say) as (run, options):
             code = run_attempt(run, options)
             if code != 0 or os.environ.get("RANK", "0") == "0":
                 os.write(terminal, _last_words(run, code).encode())
             return code
-    except RefusedElsewhereError as error:
+    except RefusedError as error:
         return error.exit_code
     except ToolkitError as error:
-        os.write(terminal, f"\n{error.title}: {error}\n".encode())
+        say(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -32,7 +32,7 @@ from dist_train.model_profile import (
     store_profile,
 )
 from dist_train.recipe import load_recipe
-from dist_train.task import Batch, Task
+from dist_train.task import Batch, Task, example_batch
 
 # Rows at which the peaks are measured: with few rows copies of weights rule, with many the activations do.
 _FAKE_ROWS = (1, 4, 32)
@@ -170,7 +170,7 @@ def _measure(
 
     def batch(count: int, length: int) -> Batch:
         with torch.utils._python_dispatch._disable_current_modes():
-            made = task.example_batch(count, length)
+            made = example_batch(task, count, length)
             made["weight"] = torch.ones(count)
         return made if mode is None else {name: mode.from_tensor(tensor) for name, tensor in made.items()}
 

@@ -23,10 +23,13 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-def path_field(default: Any, **options: Any) -> Any:
+def path_field(default: Any, hub_name: bool = False, **options: Any) -> Any:
     """A field that holds one or several local paths: `~` and `$VARS` expand, and a relative path is taken
-    from the folder of the file that set it (from the working directory when the command line did)."""
-    return Field(default, json_schema_extra={"format": "path"}, **options)
+    from the folder of the file that set it (from the working directory when the command line did).
+
+    hub_name: what is no path that exists may be the name of a model on a hub.
+    """
+    return Field(default, json_schema_extra={"format": "path", "hub_name": hub_name}, **options)
 
 
 class Section(BaseModel):
@@ -182,11 +185,11 @@ class RunConfig(Section):
     """Seed of weights, sample order, augmentation and dropout."""
     output_dir: Path = path_field(Path("runs"))
     """Folder that holds the run directories."""
-    data: Section
+    data: Section = Section()
     """Where the data comes from and how it is split (the recipe's own keys)."""
-    model: Section
+    model: Section = Section()
     """The model (the recipe's own keys)."""
-    task: Section
+    task: Section = Section()
     """The loss and what the task needs beside data and model (the recipe's own keys)."""
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()

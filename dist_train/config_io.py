@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from dist_train.config import RunConfig, Section
 from dist_train.config_keys import Key, MismatchError, convert, keys_of, nearest_keys, sections_of, show
 from dist_train.errors import ConfigError
-from dist_train.recipe import load_recipe, resolve_recipe_file
+from dist_train.recipe import load_recipe, recipe_key, resolve_recipe_file
 from dist_train.rundir import RunDir
 from dist_train.yaml_data import Node, Scalar, Table, parse, read_file
 
@@ -66,10 +66,11 @@ def load(recipe: str, overrides: Many[str] = (), site: bool = True) -> Loaded:
     """The config of a recipe name or file under `overrides`. ConfigError lists every problem at once."""
     file = resolve_recipe_file(recipe)
     files = _with_extended(file)
-    key = next((_text_of(table, "recipe") for _, table in files if _text_of(table, "recipe")), None)
+    key, key_file = _recipe_of(files)
     if key is None:
         raise ConfigError(
-            f"{file}: recipe is missing: name the recipe, or build on one with `extends: ticket_routing`."
+            f"{file}: recipe is missing: name the recipe, or build on one with `extends: ticket_routing`. A recipe of "
+            "your own has its task.py beside the file."
         )
     model: type[RunConfig] = load_recipe(key).config.Config
     given: dict[str, Given] = {}
@@ -80,6 +81,8 @@ def load(recipe: str, overrides: Many[str] = (), site: bool = True) -> Loaded:
         shown = _shown(path)
         for name, node in _walk(table, model, shown, problems):
             given[name] = Given(node, f"{shown}:{node.line}", layer, path.absolute().parent)
+    line = given["recipe"].node.line if "recipe" in given else 1
+    given["recipe"] = Given(Scalar(key, line), f"{_shown(key_file)}:{line}", 0, key_file.absolute().parent)
     for text in overrides:
         _take_override(text, model, given, len(files) + len(layers), problems)
     _settle_length(given)
@@ -135,7 +138,8 @@ def resume_overrides(config: RunConfig, overrides: Many[str]) -> RunConfig:
 def result_fingerprint(config: RunConfig) -> str:
     """A hash of every setting that defines the result. It notices a config.yaml that was edited between attempts."""
     settings = {
-        name: value
+        # The folder of a recipe of one's own may lie elsewhere on another machine; its code has a fingerprint.
+        name: Path(value).name if name == "recipe" else value
         for name, value in flatten(config).items()
         # A key that a later version adds, off by default, changes nothing.
         if value is not None and value is not False and name not in ("name", "output_dir") and not _is_resumable(name)
@@ -169,7 +173,7 @@ def dump(config: RunConfig, sources: Mapping[str, str], name: str) -> str:
 def json_schema(recipe: str) -> dict[str, Any]:
     """The JSON Schema of a recipe's files, for editors."""
     files = _with_extended(resolve_recipe_file(recipe))
-    key = next(_text_of(table, "recipe") for _, table in files if _text_of(table, "recipe"))
+    key, _ = _recipe_of(files)
     schema: dict[str, Any] = load_recipe(str(key)).config.Config.model_json_schema()
     schema["properties"]["extends"] = {"type": "string", "description": "Recipe name or file that this one builds on."}
     schema["required"] = []
@@ -196,6 +200,16 @@ def _with_extended(file: Path) -> list[tuple[Path, Table]]:
             file = resolve_recipe_file(base)
         except ConfigError as error:
             raise ConfigError(f"{_shown(file)}: extends: {error}") from error
+
+
+def _recipe_of(files: list[tuple[Path, Table]]) -> tuple[str | None, Path]:
+    """The recipe that a file and what it extends name, and which of them does; by default the folder of the last."""
+    for path, table in files:
+        text = _text_of(table, "recipe")
+        if text is not None:
+            return recipe_key(text, path), path
+    path = files[-1][0]
+    return recipe_key(None, path), path
 
 
 def _text_of(table: Table, key: str) -> str | None:
@@ -319,7 +333,7 @@ def _resolve(value: Any, folder: Path, key: Key) -> Any:
         return value
     text = os.path.expanduser(_VARIABLE.sub(lambda match: _variable(match, key), str(value)))
     path = Path(os.path.normpath(folder / text))
-    if key.name in ("data.tokenizer", "model.pretrained") and not path.exists() and not text.startswith((".", "/")):
+    if key.extra.get("hub_name") and not path.exists() and not text.startswith((".", "/")):
         return value  # the name of a model on a hub
     return type(value)(path)
 

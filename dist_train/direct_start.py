@@ -36,12 +36,15 @@ _SILENT_S = 60.0
 _VISIBLE_S = 60.0
 
 
+Say = Callable[[ToolkitError], None]
+
+
 class RefusedError(ToolkitError):
     """Rank 0 has refused, and has said why."""
 
 
 @contextlib.contextmanager
-def joined_run(arguments: list[str], say: Callable[[ToolkitError], None]) -> Iterator[tuple[RunDir, list[str]]]:
+def joined_run(arguments: list[str], say: Say) -> Iterator[tuple[RunDir, list[str]]]:
     """The run that all ranks train, and the worker's arguments. Rank 0 holds the directory meanwhile.
 
     What rank 0 refuses it says before the others hear of it: a launcher ends all ranks when the first one ends.
@@ -51,15 +54,22 @@ def joined_run(arguments: list[str], say: Callable[[ToolkitError], None]) -> Ite
         raise ConfigError(USAGE)
     options = [word for word in arguments[1:] if word.startswith("--accept=")]
     overrides = [word for word in arguments[1:] if word not in options]
+    with joined(lambda held: _make_run(arguments[0], overrides, options, held), say) as run:
+        yield run, options
+
+
+@contextlib.contextmanager
+def joined(make: Callable[[contextlib.ExitStack], Start], say: Say) -> Iterator[RunDir]:
+    """The run that rank 0 makes and all ranks join; see `joined_run`. make: gets the stack that holds the directory."""
     _use_cpu_if_told()
     rank, store = int(os.environ.get("RANK", "0")), _open_store()
     if rank > 0:
-        yield _wait_for_run(store, rank), options
+        yield _wait_for_run(store, rank)
         return
     with contextlib.ExitStack() as held:
         try:
             with _beating(store):
-                start = _make_run(arguments[0], overrides, options, held)
+                start = make(held)
         except ToolkitError as error:
             say(error)
             _publish(store, {"code": error.exit_code})
@@ -68,7 +78,7 @@ def joined_run(arguments: list[str], say: Callable[[ToolkitError], None]) -> Ite
             _publish(store, {"code": 1})
             raise
         _publish(store, {"path": str(start.directory.path)})
-        yield start.directory, options
+        yield start.directory
 
 
 def _make_run(target: str, overrides: list[str], options: list[str], held: contextlib.ExitStack) -> Start:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from dist_train.data import row_seeds
 from dist_train.engine import Engine
-from dist_train.task import Rows, Task
+from dist_train.task import Batch, Rows, Task
 
 
 def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[str, np.ndarray]:
@@ -16,6 +19,10 @@ def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[st
     Rows of one length share a batch; which rank ran a row changes nothing but rounding.
     """
     module = engine.module
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        return engine.forward(engine.to_device(batch))
+
     order = np.argsort(-rows.lengths, kind="stable")
     mine = order[engine.rank :: engine.world_size]
     # As many forward passes on every rank: under zero3 and fsdp each one is a collective. At least one, so that each
@@ -27,7 +34,7 @@ def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[st
     with torch.no_grad():
         for index in range(batches):
             chosen = mine[index * batch_size : (index + 1) * batch_size]
-            outputs.append(_forward(engine, task, rows, chosen if len(chosen) else order[:1]))
+            outputs.append(forward_rows(forward, task, rows, chosen if len(chosen) else order[:1]))
     module.train(was_training)
     ids = engine.gather_rows(rows.ids[mine])
     gathered = {
@@ -42,8 +49,10 @@ def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[st
     return {name: values[back] for name, values in gathered.items()}
 
 
-def _forward(engine: Engine, task: Task, rows: Rows, chosen: np.ndarray) -> dict[str, np.ndarray]:
+def forward_rows(
+    forward: Callable[[Batch], dict[str, Tensor]], task: Task, rows: Rows, chosen: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What `forward` says of the rows at these positions, as one batch."""
     batch = task.collate(rows.take(chosen), row_seeds(0, 0, rows.ids[chosen]))
     batch["weight"] = torch.from_numpy(rows.weights[chosen]).float()
-    result = engine.forward(engine.to_device(batch))
-    return {name: value.float().cpu().numpy() for name, value in result.items()}
+    return {name: value.float().cpu().numpy() for name, value in forward(batch).items()}

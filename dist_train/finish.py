@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 from dist_train import checkpoint, checkpoint_files
-from dist_train.data import row_seeds
 from dist_train.errors import CheckpointError, Preempted, StorageError
-from dist_train.evaluate import evaluate
+from dist_train.evaluate import evaluate, forward_rows
 from dist_train.events import log_event
 from dist_train.loop import Training
-from dist_train.recipe import Recipe
+from dist_train.model_folder import read_model, write_model, write_record
 from dist_train.report import SPLITS, build_report
-from dist_train.rundir import fsync_folder, storage_error, write_json
+from dist_train.rundir import fsync_folder, read_json, storage_error
 
 
-def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
+def finish(training: Training, which: str = "best") -> None:
     """Evaluate checkpoint `which` ("best", "last" or a step) on all ranks; rank 0 exports and reports.
 
     best/ and the run's own report are of the best checkpoint; those of another lie apart.
@@ -32,21 +31,28 @@ def finish(training: Training, recipe: Recipe, which: str = "best") -> None:
     step, reader = _load_checkpoint(training, which)
     is_best = step == _best_step(training)
     results = run if is_best else run.evaluation(step)
+    decision: dict[str, Any] = {}
     for split in SPLITS:
         _say(training, f"evaluating step {step} on the {split} split")
         outputs = evaluate(engine, task, task.rows(split), config.eval.batch_size)
-        if engine.rank == 0:
-            write_table(results.prediction_file(split), task.predictions(split, outputs))
-    if engine.rank == 0 and is_best:
-        _export(training, step, reader)
+        if engine.rank != 0:
+            continue
+        table = task.predictions(split, outputs)
+        if split == "validation":
+            # Temperature and thresholds come from the validation split, and are then as fixed as the weights.
+            decision = training.score.calibrate(table, config)
+        write_table(results.prediction_file(split), training.score.decide(table, decision))
     # The other ranks are done: what follows needs no collective, and may take longer than one may wait for.
-    if engine.rank == 0:
-        if training.stop:
-            raise Preempted(f"stopped before the report was written; go on with: dist-train report {run.path}")
-        report = build_report(run, recipe, config, lambda text: _say(training, text), results)
-        log_event(run.events, "reported", step=step, folder=str(results.path))
-        if training.tracker is not None and is_best:
-            training.tracker.finish(report)
+    if engine.rank != 0:
+        return
+    if is_best:
+        _export(training, step, reader, decision)
+    if training.stop:
+        raise Preempted(f"stopped before the report was written; go on with: dist-train report {run.path}")
+    report = build_report(run, training.score, config, lambda text: _say(training, text), results)
+    log_event(run.events, "reported", step=step, folder=str(results.path))
+    if training.tracker is not None and is_best:
+        training.tracker.finish(report)
 
 
 def _load_checkpoint(training: Training, which: str) -> tuple[int, checkpoint.Reader]:
@@ -85,23 +91,33 @@ def write_table(path: Path, table: Any) -> None:
         raise storage_error(path, error) from error
 
 
-def _export(training: Training, step: int, reader: checkpoint.Reader) -> None:
+def _export(training: Training, step: int, reader: checkpoint.Reader, decision: dict[str, Any]) -> None:
     """Write best/ beside the old one, load it back, and only then put it in its place.
 
     From the checkpoint's files, into a model of its own: no rank holds all weights under zero3 and fsdp.
     """
-    run, task = training.run, training.task
+    run, task, config = training.run, training.task, training.config
     model = task.build_model()
     checkpoint.plain_model(model, reader, use_ema=training.ema is not None)
+    facts = read_json(run.data_facts)
+    environment = read_json(run.environment)
+    record = {
+        "run": run.name,
+        "step": step,
+        "decision": decision,
+        "fingerprints": training.fingerprints,
+        "versions": environment["versions"],
+        "git": environment["git"],
+    }
     temporary = run.path / ".best.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        task.save_model(model, temporary)
-        write_json(temporary / "dist_train.json", {"run": run.name, "step": step})
+        write_model(temporary, task, model)
+        write_record(temporary, config, facts, record)
     except OSError as error:
         raise storage_error(run.best, error) from error
-    _check_loads_back(model, task.load_model(temporary), training)
+    _check_loads_back(model, read_model(temporary, task), training)
     old = run.path / ".best.old"
     shutil.rmtree(old, ignore_errors=True)
     if run.best.exists():
@@ -119,12 +135,9 @@ def _check_loads_back(model: nn.Module, loaded: nn.Module, training: Training) -
         if name not in there or not torch.equal(tensor, there[name].cpu()):
             raise StorageError(f"{training.run.best} could not be loaded back: {name} is not what was saved.")
     rows = training.task.rows("validation")
-    few = np.arange(min(2, len(rows.ids)))
-    batch = training.task.collate(rows.take(few), row_seeds(0, 0, rows.ids[few]))
-    batch["weight"] = torch.ones(len(few))
     with torch.no_grad():
-        outputs = loaded.eval()(batch)
-    if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
+        outputs = forward_rows(loaded.eval(), training.task, rows, np.arange(min(2, len(rows.ids))))
+    if not all(bool(np.isfinite(value).all()) for value in outputs.values()):
         raise StorageError(f"{training.run.best} was loaded back, but its predictions are not finite.")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir
 from dist_train.save import Saver
+from dist_train.score import Score, is_of_group
 from dist_train.stop import StopFlag
-from dist_train.task import Batch, Rows, Task
+from dist_train.task import Batch, Rows, Task, example_batch
 from dist_train.track import Tracker
 
 # Steps in a row with a gradient that is not finite after which the run gives up.
@@ -65,6 +67,7 @@ class Training:
     tracker: Tracker | None
     heartbeat: Heartbeat
     memory: StepPeak
+    score: Score
     fingerprints: dict[str, str]
     """What the result depends on beside the config, by name."""
 
@@ -256,7 +259,7 @@ def probe_largest(training: Training, rows: Rows) -> None:
     largest = [max(shapes, key=lambda shape: shape[0] * shape[1]) for shapes in (first, later) if shapes]
     batches = []
     for count, length in largest:
-        batch = training.task.example_batch(count, length)
+        batch = example_batch(training.task, count, length)
         batch["weight"] = torch.ones(count)
         batches.append(engine.to_device(batch))
     try:
@@ -299,18 +302,19 @@ def _minutes_passed(every_minutes: float | None, since: float) -> bool:
 
 def _evaluate(training: Training) -> bool:
     """Score the validation split and keep the best in the state. True when this was better than all before."""
-    config, state, engine, task = training.config, training.state, training.engine, training.task
+    config, state, engine, score = training.config, training.state, training.engine, training.score
     with averaged_weights(training):
-        outputs = evaluate(engine, task, task.rows("validation"), config.eval.batch_size)
+        outputs = evaluate(engine, training.task, training.task.rows("validation"), config.eval.batch_size)
     metrics: dict[str, float] = {}
     if engine.rank == 0:
-        metrics = task.metrics(task.predictions("validation", outputs))
+        metrics = _point(score, training.task.predictions("validation", outputs))
     metrics = engine.broadcast(metrics)
-    name = config.eval.metric or task.metric
+    name = config.eval.metric or score.metric
     if name not in metrics:
-        raise KeyError(f"eval.metric is {name}, but this recipe has {', '.join(sorted(metrics))}")
-    value = metrics[name]
-    improved = state.best_value is None or value > state.best_value
+        raise ConfigError(f"{name} is to pick the best checkpoint, but the recipe measures {', '.join(metrics)}.")
+    value, sign = metrics[name], score.sign(name)
+    # What is not a number is never better.
+    improved = bool(np.isfinite(value)) and (state.best_value is None or sign * value > sign * state.best_value)
     if improved:
         state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
     else:
@@ -324,6 +328,12 @@ def _evaluate(training: Training) -> bool:
         training.tracker.log("validation", state.step, state.samples, metrics)
         log_event(training.run.events, "evaluated", step=state.step, metric=name, value=value, improved=improved)
     return improved
+
+
+def _point(score: Score, table: Any) -> dict[str, float]:
+    """The metrics of all rows; the one that the training minimises is called loss, as in the training's own lines."""
+    values = {name: value for name, value in score.point(table).items() if not is_of_group(name)}
+    return {**({"loss": values[score.loss]} if score.loss else {}), **values}
 
 
 @contextlib.contextmanager

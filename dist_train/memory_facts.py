@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_train.config import RunConfig
 from dist_train.errors import UnmeasuredError
 from dist_train.fit import ModelFacts
@@ -41,8 +43,15 @@ def model_facts(
 
     if measure is None and load_profile(_profile_path(config, recipe, data, precision)) is None:
         return None
-    return ModelFacts(profile, recipe.data.lengths(folder))
+    return ModelFacts(profile, _lengths(recipe, data, folder))
 
 
 def _profile_path(config: RunConfig, recipe: Recipe, data: dict[str, Any], precision: str) -> Path:
-    return profile_file(config, data["fingerprint"], precision, Path(str(recipe.config.__file__)).parent)
+    return profile_file(config, data["fingerprint"], precision, recipe.folder)
+
+
+def _lengths(recipe: Recipe, data: dict[str, Any], folder: Path) -> Any:
+    """What each training row costs; all alike where the recipe does not say."""
+    if hasattr(recipe.data, "lengths"):
+        return recipe.data.lengths(folder)
+    return np.ones(data["splits"]["train"]["rows"], dtype=np.int64)

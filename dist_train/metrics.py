@@ -1,4 +1,4 @@
-"""Classification metrics under row weights, and bootstrap intervals from them. Torch-free.
+"""Metrics of classification and regression under row weights, and bootstrap intervals from them. Torch-free.
 
 A bootstrap sample is a vector that says how often each row was drawn; a metric that takes such weights gives point
 value (all ones), interval, and the paired difference of two models (same draws) alike.
@@ -6,7 +6,8 @@ value (all ones), interval, and the paired difference of two models (same draws)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -60,6 +61,7 @@ class Classification:
             "calibration_error": self._calibration_error(weights),
         }
         for index, label in enumerate(self.labels):
+            values[f"class/{label}/rows"] = support[index]
             values[f"class/{label}/precision"] = precision[index]
             values[f"class/{label}/recall"] = recall[index]
             values[f"class/{label}/f1"] = f1[index]
@@ -89,6 +91,32 @@ class Classification:
             for part in (1.0, self._confidence, self._correct)
         )
         return rows, confidence, correct
+
+
+def regression(
+    target: np.ndarray, predicted: np.ndarray, groups: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """r2, mae and rmse of predictions [n] as a function of row weights, and mae and rmse by group.
+
+    groups: for each kind of group, for example cohort, the group of each row [n].
+    """
+    error = predicted.astype(np.float64) - target
+    members = {
+        f"{kind}/{name}": of_row == name for kind, of_row in groups.items() for name in np.unique(of_row).tolist()
+    }
+
+    def values(weights: np.ndarray) -> dict[str, float]:
+        mae, mse = _mean(np.abs(error), weights), _mean(error**2, weights)
+        spread = _mean((target - _mean(target, weights)) ** 2, weights)
+        result = {"r2": 1.0 - mse / spread if spread > 0 else np.nan, "mae": mae, "rmse": float(np.sqrt(mse))}
+        for name, member in members.items():
+            own = weights * member
+            result[f"{name}/rows"] = float(own.sum())
+            result[f"{name}/mae"] = _mean(np.abs(error), own)
+            result[f"{name}/rmse"] = float(np.sqrt(_mean(error**2, own)))
+        return result
+
+    return values
 
 
 def bootstrap_weights(rows: int, samples: int, seed: int) -> Iterator[np.ndarray]:
@@ -127,6 +155,11 @@ def _areas(ranking: tuple[np.ndarray, np.ndarray, np.ndarray], weights: np.ndarr
     # Trapezoids: a group of equal scores counts half of the pairs within it.
     roc = np.sum((hits - steps / 2) * np.diff(misses, prepend=0.0)) / (hits[-1] * misses[-1])
     return float(roc), float(np.sum(steps * _ratio(hits, seen)) / hits[-1])
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> float:
+    total = weights.sum()
+    return float(weights @ values / total) if total > 0 else np.nan
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

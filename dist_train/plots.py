@@ -68,7 +68,7 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
 
 
 def per_class(classes: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, str]:
-    """classes: for each class its metrics as {"value", "low", "high"} and its `support`."""
+    """classes: for each class its metrics as {"value", "low", "high"} and how many `rows` it has."""
     names = sorted(classes, key=lambda name: classes[name][metric]["value"] or 0.0)
     figure, (axes,) = _axes(1, 6.0, max(1.8, 0.28 * len(names) + 0.8))
     for place, name in enumerate(names):
@@ -76,7 +76,7 @@ def per_class(classes: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str
         if entry["value"] is not None:
             axes.plot([entry["low"], entry["high"]], [place, place], color=_COLOURS[0], linewidth=1.5)
             axes.plot(entry["value"], place, "o", color=_COLOURS[0], markersize=4)
-    axes.set_yticks(range(len(names)), [f"{_plain(name)} ({classes[name]['support']})" for name in names])
+    axes.set_yticks(range(len(names)), [f"{_plain(name)} ({classes[name]['rows']})" for name in names])
     axes.set(xlabel=metric, ylim=(-0.6, len(names) - 0.4))
     axes.grid(axis="x", color="0.9")
     return _picture(figure, f"{metric} per class", "Test split with 95 % intervals; the number of rows in brackets.")

@@ -1,20 +1,36 @@
-"""Find recipes: a recipe file by its name or path, a recipe's modules by importlib. Torch-free until `task` is read."""
+"""Find recipes and load their parts: shipped ones, those of installed packages, and folders of the user's own.
+
+Torch-free until a part is read that imports torch.
+"""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import dist_train
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, ToolkitError
+from dist_train.score import Score, read_score
 
+ENTRY_POINTS = "dist_train.recipes"
+"""Packages name their recipes in this entry-point group: NAME = "package.of.the.recipe"."""
 _SUFFIXES = (".yaml", ".yml")
+_PARTS = {
+    "config": ("Config",),
+    "data": ("build",),
+    "score": ("METRIC", "measure"),
+    "task": ("make_task",),
+    "starter": ("write_starter",),
+}
 
 
 @dataclass(frozen=True)
@@ -28,33 +44,54 @@ class RecipeFile:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The modules of one recipe, each imported when it is first read."""
+    """The parts of one recipe, each imported when it is first read. A part without a file of its own is looked up in
+    task.py, so that a small recipe is one file."""
 
     name: str
+    package: str
+    """What its parts are imported below."""
+    folder: Path
 
     @property
     def config(self) -> Any:
-        """config.py, with `Config`. Torch-free, like `data` and `score`."""
-        return self._module("config")
+        """config.py, with `Config`."""
+        return self._part("config")
 
     @property
     def data(self) -> Any:
-        """data.py, with `prepare`, `is_whole`, `load_facts`, `lengths` and `misfit`."""
-        return self._module("data")
+        """data.py, with `build` and, if need be, `describe` (see prepared.py)."""
+        return self._part("data")
 
     @property
-    def score(self) -> Any:
-        """score.py, with `METRIC`, `metrics`, `intervals` and `baselines`."""
-        return self._module("score")
+    def score(self) -> Score:
+        """score.py, with `METRIC` and `measure` (see score.py here)."""
+        return read_score(self._part("score"), str(self._file("score")))
 
     @property
     def task(self) -> Any:
         """task.py, with `make_task`. Imports torch."""
-        return self._module("task")
+        return self._part("task")
 
-    def _module(self, module: str) -> ModuleType:
-        _import_own_recipes()
-        return importlib.import_module(f"recipes.{self.name}.{module}")
+    @property
+    def starter(self) -> Any:
+        """starter.py, with `write_starter` for `dist-train init`; None without one."""
+        return self._part("starter") if (self.folder / "starter.py").is_file() else None
+
+    def _file(self, part: str) -> Path:
+        own = self.folder / f"{part}.py"
+        return own if own.is_file() else self.folder / "task.py"
+
+    def _part(self, part: str) -> ModuleType:
+        file = self._file(part)
+        if not file.is_file():
+            raise ConfigError(
+                f"{self.folder} is no recipe: it has no {part}.py and no task.py. A recipe needs {_needs()}."
+            )
+        module = _import(self.package, self.folder, file)
+        missing = [name for name in _PARTS[part] if not hasattr(module, name)]
+        if missing:
+            raise ConfigError(f"{file} has no {' and no '.join(missing)}. A recipe needs {_needs()}.")
+        return module
 
 
 def recipes_folder() -> Path:
@@ -63,44 +100,129 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> list[RecipeFile]:
-    """The shipped recipe files: each recipe, followed by its variants."""
+    """The recipe files that have a name, shipped and installed: each recipe, followed by its variants."""
     found = []
-    for base in sorted(recipes_folder().glob("*/recipe.yaml")):
-        variants = sorted(path for path in base.parent.glob("*.yaml") if path != base)
-        found.append(RecipeFile(base.parent.name, base, _summary(base)))
-        found.extend(RecipeFile(f"{base.parent.name}/{path.stem}", path, _summary(path)) for path in variants)
+    for name, folder in sorted(_named_folders().items()):
+        base = folder / "recipe.yaml"
+        if not base.is_file():
+            continue
+        variants = sorted(path for path in folder.glob("*.yaml") if path != base)
+        found.append(RecipeFile(name, base, _summary(base)))
+        found.extend(RecipeFile(f"{name}/{path.stem}", path, _summary(path)) for path in variants)
     return found
 
 
 def resolve_recipe_file(name: str) -> Path:
-    """The file of a shipped recipe (`ticket_routing`, `ticket_routing/demo`), or `name` itself if it is a .yaml path.
-
-    ConfigError with the known names for anything else.
+    """The file of a recipe: its name (`ticket_routing`, `ticket_routing/demo`), a .yaml file, or a folder with a
+    recipe.yaml. ConfigError with the known names for anything else.
     """
     if name.endswith(_SUFFIXES):
         return Path(name).expanduser()
     known = {recipe.name: recipe.path for recipe in list_recipes()}
     if name in known:
         return known[name]
-    folder = Path(name)
-    inside = [path for path in (folder / "recipe.yaml", folder / "config.yaml") if path.is_file()]
-    if inside:
-        raise ConfigError(f"{name} is a folder: name the file in it, {inside[0]}.")
+    folder = Path(name).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        return folder / "recipe.yaml"
+    if (folder / "config.yaml").is_file():
+        raise ConfigError(f"{name} is a folder: name the file in it, {folder / 'config.yaml'}.")
     raise ConfigError(
         f"there is no recipe {name!r}.{_nearest(name, list(known))}\n"
         f"Known recipes: {', '.join(known)}; or give the path of your own file, ending in .yaml."
     )
 
 
+def recipe_key(text: str | None, file: Path) -> str | None:
+    """What `recipe:` in a file means: a name, or the absolute path of a folder, which is relative to the file.
+
+    text: as it stands in the file; without it the folder of the file is the recipe if a task.py lies there.
+    """
+    if text is None:
+        return str(file.absolute().parent) if (file.parent / "task.py").is_file() else None
+    if "/" in text or text.startswith((".", "~")):
+        folder = file.absolute().parent / Path(text).expanduser()
+        if folder.is_dir():
+            return str(folder.resolve())
+    return text
+
+
 def load_recipe(key: str) -> Recipe:
-    """The recipe that `recipe: KEY` in a config names. ConfigError with the known names if there is none."""
-    if key.isidentifier() and (recipes_folder() / key / "config.py").is_file():
-        return Recipe(key)
-    known = sorted(path.parent.name for path in recipes_folder().glob("*/config.py"))
-    variant = " A variant is built on with `extends:`, not with `recipe:`." if "/" in key else ""
+    """The recipe that `recipe: KEY` in a resolved config names. ConfigError with the known names if there is none."""
+    shipped = recipes_folder() / key
+    if key.isidentifier() and (shipped / "config.py").is_file():
+        return Recipe(key, f"recipes.{key}", shipped)
+    if Path(key).is_absolute():
+        folder = Path(key)
+        if not (folder / "task.py").is_file():
+            raise ConfigError(f"recipe is {key}, but no task.py lies there. A recipe needs {_needs()}.")
+        marked = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        return Recipe(folder.name, f"own_recipe_{marked}", folder)
+    installed = _installed()
+    if key in installed:
+        return Recipe(key, installed[key], _folder_of(installed[key]))
+    known = sorted(_named_folders())
+    variant = ""
+    if "/" in key:
+        variant = " A variant is built on with `extends:`, not with `recipe:`; a folder of your own must exist."
     raise ConfigError(
         f"recipe is {key!r}, but there is no such recipe.{_nearest(key, known)}{variant} Known: {', '.join(known)}."
     )
+
+
+def _needs() -> str:
+    parts = [f"{part}.py with {' and '.join(names)}" for part, names in _PARTS.items() if part != "starter"]
+    return "; ".join(parts) + (" (a part without a file of its own is looked up in task.py)")
+
+
+def _named_folders() -> dict[str, Path]:
+    folders = {path.parent.name: path.parent for path in recipes_folder().glob("*/config.py")}
+    return folders | {name: _folder_of(package) for name, package in _installed().items()}
+
+
+def _installed() -> dict[str, str]:
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _folder_of(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except ImportError:
+        spec = None
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not places:
+        raise ConfigError(
+            f"an installed package names {package} as a recipe ({ENTRY_POINTS}), but that is no package that can be "
+            "imported: install it again, or mend its entry point."
+        )
+    return Path(places[0])
+
+
+def _import(package: str, folder: Path, file: Path) -> ModuleType:
+    if package.startswith("recipes."):
+        _import_own_recipes()
+    elif package.startswith("own_recipe_") and package not in sys.modules:
+        # A package of that folder alone: the user's other modules cannot shadow anything, nor be shadowed.
+        made = ModuleType(package)
+        made.__path__ = [str(folder)]
+        sys.modules[package] = made
+    try:
+        return importlib.import_module(f"{package}.{file.stem}")
+    except ToolkitError:
+        raise
+    except Exception as error:
+        raise ConfigError(_import_failed(file, folder, error)) from error
+
+
+def _import_failed(file: Path, folder: Path, error: Exception) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{error.filename}:{error.lineno}"
+    text = f"{where}: {type(error).__name__}: {error}"
+    beside = getattr(error, "name", None) or ""
+    if isinstance(error, ModuleNotFoundError) and (folder / f"{beside}.py").is_file():
+        text += f"\nThe files of a recipe import each other with a dot: from .{beside} import ..."
+    return text
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -16,8 +16,8 @@ from dist_train.errors import DataError
 from dist_train.events import read_lines
 from dist_train.metrics import bootstrap_weights, interval
 from dist_train.plan import LaunchPlan
-from dist_train.recipe import Recipe
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
+from dist_train.score import Score, by_group, is_of_group
 
 SPLITS = ("validation", "test")
 # Apart from the run's seed: the same predictions have the same intervals, whoever trained them.
@@ -28,38 +28,38 @@ Interval = dict[str, float | None]
 
 
 def build_report(
-    run: RunDir, recipe: Recipe, config: RunConfig, say: Callable[[str], None], results: RunDir | None = None
+    run: RunDir, score: Score, config: RunConfig, say: Callable[[str], None], results: RunDir | None = None
 ) -> dict[str, Any]:
     """Train the baselines if need be, measure all, and write the three files. Returns what report.json holds.
 
     results: where predictions lie and the files go, if not in the run itself (a checkpoint that is not the best one).
     """
     results = results or run
-    score = recipe.score
     facts = read_json(run.data_facts)
     baselines = score.baselines(Path(facts["folder"]), say)
     say(f"writing the report ({config.eval.bootstrap_samples} bootstrap samples a split)")
-    measures, measured = {}, {}
+    tables: dict[str, dict[str, pa.Table]] = {}
+    measured = {}
     for split in SPLITS:
-        tables = {"model": _read_predictions(run, results.prediction_file(split))}
-        tables |= {name: tables_of[split] for name, tables_of in baselines.items()}
-        for name, table in tables.items():
-            if not table["row"].equals(tables["model"]["row"]):
+        tables[split] = {"model": _read_predictions(run, results.prediction_file(split))}
+        tables[split] |= {name: tables_of[split] for name, tables_of in baselines.items()}
+        for name, table in tables[split].items():
+            if not table["row"].equals(tables[split]["model"]["row"]):
                 raise DataError(f"the {name} predictions of the {split} split are of other rows than the model's.")
-        measures[split] = {name: score.measure(table) for name, table in tables.items()}
-        measured[split] = measure_models(measures[split], config.eval.bootstrap_samples, score.COMPARED)
+        measured[split] = measure_models(tables[split], score, config.eval.bootstrap_samples)
     lines = _last_attempts(run)
     report = {
         "run": run.name if results is run else f"{run.name}, {results.name}",
-        "recipe": config.recipe,
-        "headline": list(score.HEADLINE),
+        "recipe": Path(config.recipe).name,
+        "headline": list(score.headline),
         "metrics": {split: measured[split]["metrics"]["model"] for split in SPLITS},
-        "classes": {split: measured[split]["classes"]["model"] for split in SPLITS},
-        "confusion": {split: measures[split]["model"].confusion().astype(int).tolist() for split in SPLITS},
+        "groups": {split: measured[split]["groups"]["model"] for split in SPLITS},
+        "details": {split: score.details(tables[split]["model"]) for split in SPLITS},
         "baselines": {name: {split: measured[split]["metrics"][name] for split in SPLITS} for name in baselines},
-        "about_baselines": dict(score.BASELINES),
+        "about_baselines": dict(score.about_baselines),
         "comparison": measured["test"]["comparison"],
-        "verdicts": _verdicts(measured["test"], score.BASELINES),
+        "verdicts": _verdicts(measured["test"], score),
+        "remarks": score.remarks(measured["test"]["metrics"]["model"]),
         "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of rows; differences are paired",
         "data": facts,
         "training": _training(run, lines),
@@ -67,13 +67,22 @@ def build_report(
         "environment": read_json(run.environment),
         "repeat": [f"dist-train run {run.path}/config.yaml", f"dist-train report {run.path}"],
     }
-    figures = [plots.curves(lines, config.eval.metric or score.METRIC, report["training"]["best_step"])]
-    figures += score.figures(measures["test"], report["classes"]["test"])
+    figures = [plots.curves(lines, config.eval.metric or score.metric, report["training"]["best_step"])]
+    figures += score.figures(tables["test"], report["groups"]["test"])
     write_json(results.report_json, report)
     context = {"report": report, "table": summary_table(report), "config": run.config.read_text()}
     write_atomic(results.report_md, _render("report.md.j2", context))
     write_atomic(results.report_html, _render("report.html.j2", {**context, "figures": figures}))
+    if results is run and run.model_record.is_file():
+        write_atomic(run.best / "README.md", _model_card(run, report))
     return report
+
+
+def _model_card(run: RunDir, report: dict[str, Any]) -> str:
+    """The card beside the model: what was measured, what it was made from, how to use it."""
+    record = read_json(run.model_record)
+    record["recipe_name"] = Path(record["recipe"]).name  # a recipe of one's own is named by its folder
+    return _render("model_card.md.j2", {"report": report, "record": record})
 
 
 def _read_predictions(run: RunDir, path: Path) -> pa.Table:
@@ -91,7 +100,7 @@ def summary_table(report: Mapping[str, Any]) -> list[list[str]]:
     tables = {"model": report["metrics"]["test"]}
     tables |= {name: splits["test"] for name, splits in report["baselines"].items()}
     for name, metrics in tables.items():
-        rows.append([name, *(show_interval(metrics[metric]) for metric in names)])
+        rows.append([name, *(show_interval(metrics[metric]) if metric in metrics else "" for metric in names)])
     for name, differences in report["comparison"].items():
         shown = (show_interval(differences[m], signed=True) if m in differences else "" for m in names)
         rows.append([f"model - {name}", *shown])
@@ -105,54 +114,53 @@ def show_interval(entry: Mapping[str, Any], signed: bool = False) -> str:
     return f"{entry['value']:{sign}.4f} [{entry['low']:{sign}.4f}, {entry['high']:{sign}.4f}]"
 
 
-def measure_models(models: Mapping[str, Any], samples: int, compared: tuple[str, ...]) -> dict[str, Any]:
+def measure_models(models: Mapping[str, pa.Table], score: Score, samples: int) -> dict[str, Any]:
     """Values with intervals of each model of one split; every model meets the same draws, so differences are paired."""
-    points = {name: model.values() for name, model in models.items()}
+    measures = {name: score.measure(table) for name, table in models.items()}
+    rows = models["model"].num_rows
+    points = {name: values(np.ones(rows)) for name, values in measures.items()}
     drawn: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in points[name]} for name in models}
-    for weights in bootstrap_weights(models["model"].rows, samples, _BOOTSTRAP_SEED):
-        for name, model in models.items():
-            for metric, value in model.values(weights).items():
+    for weights in bootstrap_weights(rows, samples, _BOOTSTRAP_SEED):
+        for name, values in measures.items():
+            for metric, value in values(weights).items():
                 drawn[name][metric].append(value)
     arrays = {name: {metric: np.array(values) for metric, values in each.items()} for name, each in drawn.items()}
-    result: dict[str, Any] = {"metrics": {}, "classes": {}, "comparison": {}}
-    for name, model in models.items():
-        entries = {metric: interval(value, arrays[name][metric]) for metric, value in points[name].items()}
-        result["metrics"][name] = {
-            metric: entry for metric, entry in entries.items() if not metric.startswith("class/")
+    result: dict[str, Any] = {"metrics": {}, "groups": {}, "comparison": {}}
+    for name in models:
+        entries: dict[str, Any] = {
+            # How many rows a group has is a count, not an estimate.
+            metric: int(value) if metric.endswith("/rows") else interval(value, arrays[name][metric])
+            for metric, value in points[name].items()
         }
-        support = model.confusion().sum(1)
-        result["classes"][name] = {
-            label: {
-                "support": int(support[index]),
-                **{metric: entries[f"class/{label}/{metric}"] for metric in ("precision", "recall", "f1")},
-            }
-            for index, label in enumerate(model.labels)
-        }
+        result["metrics"][name] = {metric: entry for metric, entry in entries.items() if not is_of_group(metric)}
+        result["groups"][name] = by_group(entries)
         if name != "model":
             result["comparison"][name] = {
                 metric: interval(
                     points["model"][metric] - points[name][metric], arrays["model"][metric] - arrays[name][metric]
                 )
-                for metric in compared
+                for metric in score.compared
             }
     return result
 
 
-def _verdicts(measured: Mapping[str, Any], about: Mapping[str, str]) -> list[str]:
+def _verdicts(measured: Mapping[str, Any], score: Score) -> list[str]:
     """Plain sentences: does the model beat each baseline, on each compared metric?"""
     sentences = []
     for name, differences in measured["comparison"].items():
         for metric, entry in differences.items():
             model, other = (measured["metrics"][each][metric]["value"] for each in ("model", name))
-            if entry["low"] > 0:
+            ends = [score.sign(metric) * entry[end] for end in ("low", "high") if entry[end] is not None]
+            if ends and min(ends) > 0:
                 verb = "beats"
-            elif entry["high"] < 0:
+            elif ends and max(ends) < 0:
                 verb = "is WORSE than"
             else:
                 verb = "is not shown to differ from"
+            shown = ["not defined" if value is None else f"{value:.4f}" for value in (model, other)]
             sentences.append(
-                f"The model {verb} the {name} baseline ({about[name]}) on {metric}: {model:.4f} against {other:.4f}, "
-                f"difference {show_interval(entry, signed=True)}."
+                f"The model {verb} the {name} baseline ({score.about_baselines[name]}) on {metric}: {shown[0]} against "
+                f"{shown[1]}, difference {show_interval(entry, signed=True)}."
             )
     return sentences
 
@@ -199,6 +207,7 @@ def _render(name: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["interval"] = show_interval
+    environment.filters["entry"] = lambda value: str(value) if isinstance(value, int) else show_interval(value)
     # A cell of a Markdown table ends at a bar or a line's end.
     environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
     return environment.get_template(name).render(context)

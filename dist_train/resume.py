@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from dist_train.loop import Training, TrainState, make_saver
 from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir, read_json
+from dist_train.score import Score
 from dist_train.stop import StopFlag
 from dist_train.task import Task
 from dist_train.track import Tracker
@@ -32,6 +32,7 @@ def build_training(
     plan: LaunchPlan,
     task: Task,
     attempt: int,
+    score: Score,
     fingerprints: dict[str, str],
     stop: StopFlag,
     heartbeat: Heartbeat,
@@ -61,15 +62,15 @@ def build_training(
     saver = make_saver(run, engine, config)
     memory = StepPeak(engine.device)
     return Training(
-        config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, memory, fingerprints
+        config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, memory, score, fingerprints
     )
 
 
-def code_fingerprint(recipe_config: ModuleType) -> str:
-    """A hash of the toolkit's and the recipe's own source."""
+def code_fingerprint(recipe_folder: Path) -> str:
+    """A hash of the toolkit's and the recipe's own source: the modules that lie in their folders."""
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(str(recipe_config.__file__)).parent):
-        for path in sorted(folder.rglob("*.py")):
+    for folder in (Path(__file__).parent, recipe_folder):
+        for path in sorted(folder.glob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

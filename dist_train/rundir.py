@@ -40,6 +40,7 @@ class RunDir:
         self.bandwidth = self.path / "bandwidth.json"
         self.parity = self.path / "parity"
         self.best = self.path / "best"
+        self.model_record = self.best / "dist_train.json"
         self.report_json = self.path / "report.json"
         self.report_md = self.path / "report.md"
         self.report_html = self.path / "report.html"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import config_io, deepspeed_base
+from dist_train import config_io, deepspeed_base, prepared
 from dist_train.config import RunConfig
 from dist_train.config_io import Loaded
 from dist_train.contradictions import Settings, refuse
@@ -78,21 +78,27 @@ def new_run(
     """
     loaded = adapt(config_io.load(recipe_name, overrides))
     config = loaded.config
-    directory = _free_directory(config)
+    directory = free_directory(config)
     check_output(directory)
     recipe = load_recipe(config.recipe)
     check_metric(config, recipe)
     facts = prepare_data(config, recipe)
     start = _planned(directory, config, loaded.sources, facts, world_size, measure)
     check(start)
+    create_directory(start, facts, git)
+    return start
+
+
+def create_directory(start: Start, facts: dict[str, Any], git: dict[str, Any] | None) -> None:
+    """The run directory with what is known before the first attempt."""
+    directory, config = start.directory, start.config
     directory.create(
         {
-            directory.config.name: config_io.dump(config, loaded.sources, directory.name),
+            directory.config.name: config_io.dump(config, start.settings.sources, directory.name),
             directory.data_facts.name: json_text(facts),
             directory.environment.name: json_text(environment_facts(start.hardware, git, config)),
         }
     )
-    return start
 
 
 def known_run(
@@ -177,7 +183,7 @@ def check_deepspeed_base(start: Start) -> None:
 
 def check_metric(config: RunConfig, recipe: Recipe) -> None:
     """eval.metric names a metric of the recipe that is better when higher."""
-    known = recipe.score.METRICS
+    known = recipe.score.metrics
     if config.eval.metric is not None and config.eval.metric not in known:
         raise ConfigError(f"eval.metric is {config.eval.metric}, but this recipe can choose by: {', '.join(known)}.")
 
@@ -207,14 +213,14 @@ def check_output(run: RunDir) -> None:
 
 def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the prepared data, with the folder that holds it."""
-    folder = recipe.data.prepare(config, lambda text: print(text, flush=True))
-    return {**recipe.data.load_facts(folder), "folder": str(folder)}
+    folder = prepared.prepare(config, recipe, lambda text: print(text, flush=True))
+    return {**prepared.load_facts(folder), "folder": str(folder)}
 
 
 def kept_data(directory: RunDir, config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the data that the run was trained on; prepared again where the cache was cleared."""
     recorded = read_json(directory.data_facts)
-    if not recipe.data.is_whole(Path(recorded["folder"])):
+    if not prepared.is_whole(Path(recorded["folder"])):
         recorded = same_data(directory, config, recipe, [])
         write_json(directory.data_facts, recorded)
     return recorded
@@ -236,7 +242,7 @@ def same_data(directory: RunDir, config: RunConfig, recipe: Recipe, accept: list
             f"{facts['fingerprint'][:12]} now).\nBring the old data back, start a new run, or go on with the changed "
             "data all the same: dist-train resume ... --accept data"
         )
-    misfit = recipe.data.misfit(recorded, facts)
+    misfit = recipe.data.misfit(recorded, facts) if hasattr(recipe.data, "misfit") else None
     if misfit is not None:
         raise ConfigError(f"the data has changed since {directory.path} started, and the weights do not fit: {misfit}")
     return facts
@@ -294,7 +300,7 @@ def free_name(stem: str) -> str:
     return f"{default_run_name(stem, time.time())}-{secrets.token_hex(2)}"
 
 
-def _free_directory(config: RunConfig) -> RunDir:
+def free_directory(config: RunConfig) -> RunDir:
     return RunDir(config.output_dir / (config.name or free_name(config.recipe)))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 # Whoever stops a whole process group reaches a rank two or three times: directly, through the launcher and torchrun.
 _ONE_WISH_S = 5.0
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
@@ -19,8 +22,19 @@ class StopFlag:
         self._set_at = 0.0
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, self._on_signal)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within it; then what was there before."""
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def __bool__(self) -> bool:
         return self.signal_name is not None

@@ -55,12 +55,8 @@ class Tracker:
         metrics = report.get("metrics", {}).get("test", {})
         self._wandb.summary.update({f"test/{name}": entry["value"] for name, entry in metrics.items()})
         if self._upload in ("tables", "all"):
-            names = ["precision", "recall", "f1"]
-            rows = [
-                [label, entry["support"], *(entry[name]["value"] for name in names)]
-                for label, entry in report.get("classes", {}).get("test", {}).items()
-            ]
-            self._wandb.log({"test/classes": wandb.Table(columns=["class", "rows", *names], data=rows)})
+            for group, entries in report["groups"]["test"].items():
+                self._wandb.log({f"test/by {group}": _group_table(group, entries)})
         if self._upload == "all":
             artifact = wandb.Artifact(f"report-{self._wandb.id}", type="report")
             artifact.add_file(str(self.run.report_html))
@@ -74,6 +70,17 @@ class Tracker:
             print(f"W&B is off for the rest of this run: {error}", file=sys.stderr)
             log_event(self.run.events, "tracking_lost", message=str(error))
             self._wandb = None
+
+
+def _group_table(group: str, entries: Mapping[str, Mapping[str, Any]]) -> Any:
+    import wandb
+
+    names = list(next(iter(entries.values())))
+    rows = [
+        [name, *(entry[metric]["value"] if isinstance(entry[metric], Mapping) else entry[metric] for metric in names)]
+        for name, entry in entries.items()
+    ]
+    return wandb.Table(columns=[group, *names], data=rows)
 
 
 def wandb_mode(config: RunConfig) -> str:

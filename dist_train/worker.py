@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_train.errors import CrashError, Preempted, StorageError, ToolkitError, error_for_code
 from dist_train.events import current_attempt, log_event, read_lines
@@ -16,6 +18,13 @@ from dist_train.rank_environment import settle_environment, settle_rank_variable
 from dist_train.rank_process import die_with_launcher, redirect_output
 from dist_train.rundir import LAUNCHER_PID, RunDir
 from dist_train.stop import StopFlag
+
+if TYPE_CHECKING:  # imported when a rank has said that it lives: torch takes seconds
+    from dist_train.config import RunConfig
+    from dist_train.plan import LaunchPlan
+    from dist_train.recipe import Recipe
+    from dist_train.score import Score
+    from dist_train.task import Task
 
 
 def main(arguments: list[str]) -> int:
@@ -71,35 +80,67 @@ def run_attempt(run: RunDir, arguments: list[str]) -> int:
 
 
 def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, arguments: tuple[str, ...] = ()) -> None:
-    """Config, task, engine, resume, train, finish: in this order, on every rank.
-
-    arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT trains nothing; --parity records each
-    step and ends there; --bandwidth measures the collectives and trains nothing.
-    """
-    from dist_train.bandwidth import write_bandwidth
-    from dist_train.config_io import load_run_config, result_fingerprint
-    from dist_train.finish import finish
-    from dist_train.loop import train
-    from dist_train.memory_record import write_memory_record
-    from dist_train.parity import record
+    """Config, task, engine, resume, train, finish: in this order, on every rank."""
+    from dist_train.config_io import load_run_config
     from dist_train.plan import LaunchPlan
     from dist_train.recipe import load_recipe
-    from dist_train.resume import build_training, code_fingerprint, restore
+    from dist_train.task import check_task
 
-    accepted = {word.removeprefix("--accept=") for word in arguments if word.startswith("--accept=")}
-    evaluate = next((word.removeprefix("--evaluate=") for word in arguments if word.startswith("--evaluate=")), None)
     config = load_run_config(run)
     recipe = load_recipe(config.recipe)
     plan = LaunchPlan.from_json(json.loads(run.plan.read_text()))
     settle_environment(plan.device, plan.strategy, plan.deterministic)
-    facts = json.loads(run.data_facts.read_text())
+    task = recipe.task.make_task(config, Path(json.loads(run.data_facts.read_text())["folder"]))
+    check_task(task, recipe.name)
+    rank = Attempt(run, attempt, config, plan, stop, heartbeat)
+    train_task(rank, task, recipe.score, recipe.folder, arguments, recipe)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What this rank knows of the run before it builds anything."""
+
+    run: RunDir
+    number: int
+    config: RunConfig
+    plan: LaunchPlan
+    stop: StopFlag
+    heartbeat: Heartbeat
+
+
+def train_task(
+    attempt: Attempt,
+    task: Task,
+    score: Score,
+    code: Path,
+    arguments: tuple[str, ...] = (),
+    recipe: Recipe | None = None,
+) -> None:
+    """Engine, resume, train, finish.
+
+    code: the folder of the task's modules. arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT
+    trains nothing; --parity records each step and ends there; --bandwidth measures the collectives and trains nothing.
+    recipe: where the memory of a step is to be held against its prediction.
+    """
+    from dist_train.bandwidth import write_bandwidth
+    from dist_train.config_io import result_fingerprint
+    from dist_train.finish import finish
+    from dist_train.loop import train
+    from dist_train.memory_record import write_memory_record
+    from dist_train.parity import record
+    from dist_train.resume import build_training, code_fingerprint, restore
+
+    accepted = {word.removeprefix("--accept=") for word in arguments if word.startswith("--accept=")}
+    evaluate = next((word.removeprefix("--evaluate=") for word in arguments if word.startswith("--evaluate=")), None)
+    run, config = attempt.run, attempt.config
     fingerprints = {
-        "code": code_fingerprint(recipe.config),
-        "data": facts["fingerprint"],
+        "code": code_fingerprint(code),
+        "data": json.loads(run.data_facts.read_text())["fingerprint"],
         "config": result_fingerprint(config),
     }
-    task = recipe.task.make_task(config, Path(facts["folder"]))
-    training = build_training(run, config, plan, task, attempt, fingerprints, stop, heartbeat)
+    training = build_training(
+        run, config, attempt.plan, task, attempt.number, score, fingerprints, attempt.stop, attempt.heartbeat
+    )
     try:
         if "--bandwidth" in arguments:
             write_bandwidth(training)
@@ -110,8 +151,9 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
             return
         if evaluate is None:
             train(training)
-            write_memory_record(training, recipe)
-        finish(training, recipe, evaluate or "best")
+            if recipe is not None:
+                write_memory_record(training, recipe)
+        finish(training, evaluate or "best")
     except BaseException as error:
         if training.tracker is not None:
             training.tracker.close(failed=not isinstance(error, Preempted))

@@ -95,6 +95,19 @@ def launch(script: str, arguments: tuple[str, ...], module: bool, **options: Any
     launch_script((["-m"] if module else []) + [script, *given], **options)
 
 
+@cli.command(short_help="Write a recipe file for your own data.")
+@click.argument("name")
+@click.option("--from", "recipe", default="ticket_routing", show_default=True, help="The recipe to build on.")
+@click.option("--data", required=True, metavar="FILE", help="Your CSV, TSV, JSONL or Parquet file (.gz too).")
+@click.option("--label", metavar="COLUMN", help="The column to predict; else the one that looks like it.")
+@click.option("--text", metavar="COLUMN", multiple=True, help="A column to read; may be given several times.")
+def init(name: str, recipe: str, data: str, label: str | None, text: tuple[str, ...]) -> None:
+    """Write NAME/recipe.yaml, a commented starter, by looking at the columns of your file."""
+    from launcher.init import init as write_recipe
+
+    write_recipe(name, recipe, data, label, list(text))
+
+
 @cli.command(short_help="Show what a run would do, and start nothing.")
 @click.argument("recipe", shell_complete=complete.recipes)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
@@ -140,6 +153,21 @@ def accept(nodes: int | None, gpus_per_node: int | None, output: str) -> None:
     from launcher.accept import accept_machine
 
     accept_machine(nodes, gpus_per_node, output)
+
+
+@cli.command(short_help="Answer the rows of a file with a trained model.")
+@click.argument("run_dir", shell_complete=complete.runs)
+@click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
+@click.option("--output", help="Where the answers go, ending in .parquet, .csv or .jsonl; else CSV to standard output.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Processes; else every GPU, or one on a CPU.")
+def predict(run_dir: str, file: str, output: str | None, gpus_per_node: int | None) -> None:
+    """Answer the rows of FILE with the model of RUN_DIR (a run, or a model folder).
+
+    FILE: CSV, TSV, JSONL or Parquet (.gz too), a quoted glob, a folder of them or of images, or - for standard input.
+    """
+    from launcher.predict import predict as answer
+
+    answer(run_dir, file, output, gpus_per_node)
 
 
 @cli.command("eval", short_help="Evaluate a checkpoint of a run again.")

@@ -16,5 +16,5 @@ def rebuild_report(path: str) -> RunDir:
         config = config_io.load_run_config(run)
         recipe = load_recipe(config.recipe)
         kept_data(run, config, recipe)
-        build_report(run, recipe, config, print)
+        build_report(run, recipe.score, config, print)
     return run

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -233,6 +234,41 @@ def _stopped(message: str) -> ToolkitError:
     error.exit_code = 128 + signal.SIGINT
     error.title = "stopped"
     return error
+
+
+def run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
+    """Run commands of our own beside each other to their ends. When one fails the others are ended, and its cause is
+    raised: the last block that it wrote to standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        try:
+            for index, command in enumerate(commands):
+                with open(Path(folder) / str(index), "wb") as stream:
+                    ends_with_us = functools.partial(_die_with, os.getpid())
+                    children.append(
+                        subprocess.Popen(
+                            command, env=environment, stdin=subprocess.DEVNULL, stderr=stream, preexec_fn=ends_with_us
+                        )
+                    )
+            while any(child.poll() is None for child in children) and not any(child.returncode for child in children):
+                time.sleep(_POLL_S / 2)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        failed = next((index for index, child in enumerate(children) if child.returncode > 0), None)
+        killed = next((index for index, child in enumerate(children) if child.returncode < 0), None)
+        if failed is None and killed is None:
+            return
+        guilty = killed if failed is None else failed
+        assert guilty is not None
+        code, words = children[guilty].returncode, _tail(Path(folder) / str(guilty)).decode(errors="replace").strip()
+    kind = error_for_code(code)
+    if kind is CrashError:
+        raise CrashError(
+            f"a process of our own ended with {code}: {words or 'killed from outside, out of memory perhaps'}"
+        )
+    raise kind(words.rpartition(f"{kind.title}: ")[2])
 
 
 def run_measurement(command: list[str], what: str, environment: dict[str, str]) -> None:

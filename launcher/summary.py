@@ -38,7 +38,7 @@ def print_summary(run: RunDir, results: RunDir | None = None) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    lines = [*report["verdicts"], *_training_line(report["training"]), ""]
+    lines = [*report["verdicts"], *report["remarks"], *_training_line(report["training"]), ""]
     for name, path in (
         ("report", results.report_html),
         ("predictions", results.predictions),

@@ -23,6 +23,7 @@ from dist_train.parity import whole_weights
 from dist_train.plan import make_plan
 from dist_train.resume import build_training, restore
 from dist_train.rundir import RunDir, write_json
+from dist_train.score import Score, Values
 from dist_train.stop import StopFlag
 from dist_train.task import Batch, weighted_sum
 from tests.models import CLASSES, MODELS, VOCABULARY
@@ -79,7 +80,6 @@ class TinyModel(nn.Module):
 class TinyTask:
     num_rows: int = 203
     dropout: float = 0.0
-    metric: str = "accuracy"
     poisoned: tuple[int, ...] = ()
     """Rows whose loss and gradient are NaN."""
     record: Path | None = None
@@ -115,16 +115,13 @@ class TinyTask:
         predicted = outputs["probability"].argmax(1)
         return pa.table({"row": rows.ids, "label": rows.labels, "predicted": predicted})
 
-    def metrics(self, predictions: pa.Table) -> dict[str, float]:
-        return {"accuracy": float(np.mean(predictions["label"].to_numpy() == predictions["predicted"].to_numpy()))}
 
-    def save_model(self, model: nn.Module, folder: Path) -> None:
-        raise AssertionError("not used here")
-
-    def load_model(self, folder: Path) -> nn.Module:
-        raise AssertionError("not used here")
+def _measure(predictions: pa.Table) -> Values:
+    right = predictions["label"].to_numpy() == predictions["predicted"].to_numpy()
+    return lambda weights: {"accuracy": float(weights @ right / weights.sum())}
 
 
+SCORE = Score("accuracy", _measure, ("accuracy",))
 CPU = Hardware("host", "cpu", 2, 8.0)
 
 
@@ -157,7 +154,9 @@ def make_training(
     if plan.strategy.startswith("zero"):
         write_json(run.deepspeed_config, deepspeed_config(plan, config.optim.clip_norm))
     rank = int(os.environ.get("RANK", "0"))
-    training = build_training(run, config, plan, task, attempt, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank))
+    training = build_training(
+        run, config, plan, task, attempt, SCORE, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank)
+    )
     restore(training)
     return training
 

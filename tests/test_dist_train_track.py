@@ -88,8 +88,8 @@ def test_nothing_but_metrics_leaves_unless_it_is_asked_for(
     run.report_html.write_text("a report of this run")
     tracker = Tracker(run, TinyConfig(recipe="tiny", track={"wandb": "offline", "upload": upload}), 1)
     entry = {"value": 0.5, "low": 0.4, "high": 0.6}
-    classes = {"a class": {"support": 3, "precision": entry, "recall": entry, "f1": entry}}
-    tracker.finish({"metrics": {"test": {"accuracy": entry}}, "classes": {"test": classes}})
+    classes = {"a class": {"rows": 3, "precision": entry, "recall": entry, "f1": entry}}
+    tracker.finish({"metrics": {"test": {"accuracy": entry}}, "groups": {"test": {"class": classes}}})
     content = _stored(run, "test/accuracy", *(["a class"] if tables else []), *(["report.html"] if reports else []))
     assert (b"a class" in content) == bool(tables)
     assert (b"report.html" in content) == bool(reports)

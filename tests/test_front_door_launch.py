@@ -144,7 +144,8 @@ def test_a_script_that_is_stopped_ends_within_seconds_and_leaves_no_process(desk
     process = start(_launch("scripts/train.py", "deaf" if "twice" in how else "wait"), desk)
     run = desk / "runs" / "one"
     deadline = time.monotonic() + 60
-    while not (run / "logs" / "rank1.log").exists() or "wait" not in (run / "logs" / "rank1.log").read_text():
+    logs = [run / "logs" / f"rank{rank}.log" for rank in range(2)]
+    while not all(log.exists() and "wait" in log.read_text() for log in logs):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     pids = rank_pids(run).values()

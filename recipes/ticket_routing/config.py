@@ -63,7 +63,7 @@ class DataConfig(Section):
     """Longest ticket in tokens; the rest of it is cut."""
     vocab_size: Annotated[int, Field(ge=300)] = 12_000
     """Size of the BPE vocabulary that is trained on the training split."""
-    tokenizer: str | None = path_field(None)
+    tokenizer: str | None = path_field(None, hub_name=True)
     """Folder or hub name of a ready tokenizer; null trains one (or takes that of `model.pretrained`)."""
     cache_dir: Path = path_field(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dist-train")
     """Folder of the prepared data, keyed by content; by default below XDG_CACHE_HOME, else ~/.cache."""
@@ -78,7 +78,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     kind: Literal["transformer", "lstm", "pretrained"] = "transformer"
     """Own Transformer encoder, bidirectional LSTM, or a Hugging Face encoder (`model.pretrained` sets it)."""
-    pretrained: str | None = path_field(None)
+    pretrained: str | None = path_field(None, hub_name=True)
     """Folder or hub name of a Hugging Face encoder; null trains an own model from scratch."""
     revision: str | None = None
     """Revision of the hub model; null takes the newest and records it."""
@@ -119,6 +119,9 @@ class TaskConfig(Section):
     """Weight of each row in the loss; balanced: inverse to the frequency of its queue."""
     label_smoothing: Share = 0.0
     """Share of the target spread evenly over all queues."""
+    target_accuracy: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Accuracy that routed tickets must reach on the validation split; those that the model is less sure of go to a
+    person (decision `review`)."""
 
 
 class Config(RunConfig):

@@ -197,7 +197,7 @@ def _append(tickets: Tickets, record: dict[str, Any], row: int, source: Source, 
         raise DataError(
             f"{source.where}: row {row} has no label in {data.label_column!r}. Fill it in, or leave the row out."
         )
-    text = "\n".join(record[name] or "" for name in data.text_columns).strip()
+    text = join_text(record, data.text_columns)
     if not text:
         tickets.empty_texts += 1
         return
@@ -207,6 +207,11 @@ def _append(tickets: Tickets, record: dict[str, Any], row: int, source: Source, 
     tickets.ids.append(str(record[data.id_column]) if data.id_column else str(row))
     tickets.times.append(record[data.time_column] if data.time_column else None)
     tickets.own_split.append(record[data.split_column] if data.split_column else source.split)
+
+
+def join_text(record: dict[str, Any], columns: list[str]) -> str:
+    """The ticket's text, as the model reads it."""
+    return "\n".join(record[name] or "" for name in columns).strip()
 
 
 def _validate(tickets: Tickets, data: DataConfig) -> list[str]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dist_train.metrics import Classification
+from recipes.ticket_routing.config import Config
 from recipes.ticket_routing.data import load_facts, read_split
 
 METRIC = "macro_f1"
-"""Picks the best checkpoint unless eval.metric names another of METRICS; higher is better."""
 METRICS = ("macro_f1", "accuracy")
 HEADLINE = ("accuracy", "macro_f1", "log_loss", "calibration_error")
-"""The metrics of the summary table."""
 COMPARED = ("accuracy", "macro_f1")
-"""The metrics by which the report says whether the model beats a baseline."""
+LOSS = "log_loss"
 BASELINES = {"ngram": "TF-IDF of words and word pairs + logistic regression", "majority": "always the largest queue"}
 
+ROUTE, REVIEW = "route", "review"
+"""What becomes of a ticket: it goes to the predicted queue, or a person looks at it."""
 _SPLITS = ("validation", "test")
 # Changes whenever a baseline would be trained differently.
 _BASELINE_VERSION = 1
@@ -38,39 +39,103 @@ _STRENGTHS = (1.0, 3.0, 10.0, 30.0)
 
 def prediction_table(rows: pa.Table, probability: np.ndarray, labels: list[str]) -> pa.Table:
     """One line a row: row, id, label, predicted, probability [labels]; the label names in the schema's metadata."""
-    values = pa.array(np.ascontiguousarray(probability, dtype=np.float32).reshape(-1))
     table = pa.table(
         {
             "row": rows["row"],
             "id": rows["id"],
             "label": rows["label"],
             "predicted": pa.array(probability.argmax(1).astype(np.int32)),
-            "probability": pa.FixedSizeListArray.from_arrays(values, len(labels)),
+            "probability": _lists(probability),
         }
     )
     return table.replace_schema_metadata({b"labels": json.dumps(labels).encode()})
 
 
-def metrics(table: pa.Table, labels: list[str]) -> dict[str, float]:
-    """Point values for the training's own evaluations; `loss` is the log loss."""
-    values = _classification(table, labels).values()
-    return {"loss": values["log_loss"], "accuracy": values["accuracy"], "macro_f1": values["macro_f1"]}
+def measure(table: pa.Table) -> Callable[[np.ndarray], dict[str, float]]:
+    """All metrics of a predictions table, as a function of row weights; of decided predictions also which share of the
+    tickets is routed without a person, and how many of those rightly."""
+    classification = _classification(table)
+    if "decision" not in table.column_names:
+        return classification.values
+    routed = np.array([decision == ROUTE for decision in table["decision"].to_pylist()])
+    right = routed & (table["label"].to_numpy() == table["predicted"].to_numpy())
+
+    def values(weights: np.ndarray) -> dict[str, float]:
+        share = weights @ routed / weights.sum()
+        accuracy = weights @ right / (weights @ routed) if weights @ routed else np.nan
+        return {**classification.values(weights), "routed_share": float(share), "routed_accuracy": float(accuracy)}
+
+    return values
 
 
-def measure(table: pa.Table) -> Classification:
-    """All metrics of a predictions table, as a function of row weights."""
-    return _classification(table, json.loads(table.schema.metadata[b"labels"]))
+def calibrate(validation: pa.Table, config: Config) -> dict[str, Any]:
+    """The temperature that makes the validation split likeliest (Guo et al. 2017), and the confidence from which on
+    its tickets reach task.target_accuracy: the lowest one; null where none does, and then nothing is routed."""
+    from scipy.optimize import minimize_scalar
+
+    probability, truth = _probability(validation), validation["label"].to_numpy()
+
+    def log_loss(log_temperature: float) -> float:
+        chosen = sharpen(probability, float(np.exp(log_temperature)))[np.arange(len(truth)), truth]
+        return float(-np.log(np.maximum(chosen, 1e-12)).mean())
+
+    temperature = float(np.exp(minimize_scalar(log_loss, bounds=(-3.0, 3.0), method="bounded").x))
+    confidence = sharpen(probability, temperature).max(1)
+    order = np.argsort(-confidence, kind="stable")
+    right = (validation["predicted"].to_numpy() == truth)[order]
+    accuracy = np.cumsum(right) / np.arange(1, len(right) + 1)
+    # Tickets of one confidence are routed together or not at all.
+    ends = np.append(np.diff(confidence[order]) != 0, True)
+    enough = np.flatnonzero(ends & (accuracy >= config.task.target_accuracy))
+    threshold = float(confidence[order][enough[-1]]) if len(enough) else None
+    return {"temperature": temperature, "threshold": threshold, "target_accuracy": config.task.target_accuracy}
 
 
-def figures(measures: dict[str, Classification], classes: dict[str, Any]) -> list[dict[str, str]]:
-    """The report's figures of one split, each with title, caption and image; `classes`: the intervals per class."""
+def decide(table: pa.Table, decision: Mapping[str, Any]) -> pa.Table:
+    """Predictions with calibrated probabilities, and what becomes of each ticket."""
+    probability = sharpen(_probability(table), decision["temperature"])
+    place = table.column_names.index("probability")
+    table = table.set_column(place, "probability", _lists(probability))
+    return table.append_column("decision", pa.array(decisions(probability, decision["threshold"])))
+
+
+def decisions(probability: np.ndarray, threshold: float | None) -> list[str]:
+    """ROUTE or REVIEW for each row of calibrated probabilities [n, labels]."""
+    return [ROUTE if threshold is not None and value >= threshold else REVIEW for value in probability.max(1).tolist()]
+
+
+def sharpen(probability: np.ndarray, temperature: float) -> np.ndarray:
+    """The probabilities [n, labels] that logits divided by the temperature give: float64, from the probabilities alone,
+    since logits and their log differ by a constant of the row."""
+    logs = np.log(np.maximum(probability.astype(np.float64), 1e-30)) / temperature
+    powers = np.exp(logs - logs.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def remarks(metrics: Mapping[str, Any]) -> list[str]:
+    share, accuracy = (metrics[name] for name in ("routed_share", "routed_accuracy"))
+    if accuracy["value"] is None:
+        return ["No ticket is routed without a person: the model is nowhere as sure as task.target_accuracy asks for."]
+    return [
+        f"{share['value']:.1%} of the test tickets are routed without a person, {accuracy['value']:.1%} "
+        f"[{accuracy['low']:.1%}, {accuracy['high']:.1%}] of them rightly; the others are for review."
+    ]
+
+
+def details(table: pa.Table) -> dict[str, Any]:
+    return {"confusion": _classification(table).confusion().astype(int).tolist()}
+
+
+def figures(tables: Mapping[str, pa.Table], groups: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Confusion matrix, reliability and F1 by queue, of the test split."""
     from dist_train import plots
 
+    measures = {name: _classification(tables[name]) for name in ("model", "ngram")}
     model = measures["model"]
     return [
         plots.confusion(model.confusion(), model.labels),
-        plots.reliability({name: measures[name].reliability() for name in ("model", "ngram")}),
-        plots.per_class(classes, "f1"),
+        plots.reliability({name: measures[name].reliability() for name in measures}),
+        plots.per_class(groups["class"], "f1"),
     ]
 
 
@@ -121,7 +186,7 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
         # Every label has training rows (data.py sees to it), so the columns are the labels' indices.
         probability = {split: model.predict_proba(features) for split, features in seen.items()}
         predicted = {split: prediction_table(rows[split], probability[split], labels) for split in _SPLITS}
-        reached = metrics(predicted["validation"], labels)[METRIC]
+        reached = _classification(predicted["validation"]).values()[METRIC]
         if reached > best:
             best = reached
             tables |= {("ngram", split): table for split, table in predicted.items()}
@@ -131,7 +196,16 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
     return tables
 
 
-def _classification(table: pa.Table, labels: list[str]) -> Classification:
-    flat = table["probability"].combine_chunks().values.to_numpy()
+def _classification(table: pa.Table) -> Classification:
     truth, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()
-    return Classification(truth, predicted, flat.reshape(-1, len(labels)), labels)
+    return Classification(truth, predicted, _probability(table), json.loads(table.schema.metadata[b"labels"]))
+
+
+def _probability(table: pa.Table) -> np.ndarray:
+    lists = table["probability"].combine_chunks()
+    return lists.values.to_numpy().reshape(-1, lists.type.list_size)
+
+
+def _lists(probability: np.ndarray) -> pa.FixedSizeListArray:
+    values = pa.array(np.ascontiguousarray(probability, dtype=np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, probability.shape[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_train.errors import ConfigError, DataError, UnsafeInputError
-from dist_train.task import Batch
+from dist_train.records import check_record
+from dist_train.task import Batch, ListedRows
 from recipes.ticket_routing import score
 from recipes.ticket_routing.config import Config, ModelConfig
-from recipes.ticket_routing.data import load_facts, read_split
+from recipes.ticket_routing.data import join_text, load_facts, read_split
 from recipes.ticket_routing.model import LSTMEncoder, PretrainedEncoder, TicketClassifier, TransformerEncoder
 
 MODEL_TYPE = "dist_train_ticket_routing"
@@ -54,8 +57,6 @@ class TicketRows:
 
 
 class TicketTask:
-    metric = score.METRIC
-
     def __init__(self, config: Config, prepared: Path) -> None:
         self.config = config
         self.prepared = prepared
@@ -106,8 +107,32 @@ class TicketTask:
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         return score.prediction_table(read_split(self.prepared, split), outputs["probability"], self.labels)
 
-    def metrics(self, predictions: pa.Table) -> dict[str, float]:
-        return score.metrics(predictions, self.labels)
+    def encode(self, records: list[dict[str, Any]]) -> ListedRows:
+        names = self.config.data.text_columns
+        for record in records:
+            check_record(record, names)
+        encoded = self._tokenizer().encode_batch_fast([join_text(record, names) for record in records])
+        tokens = [np.array(encoding.ids or [1], dtype=np.int64) for encoding in encoded]
+        lengths = np.array([len(row) for row in tokens], dtype=np.int64)
+        return ListedRows([(row, 0) for row in tokens], lengths)
+
+    def answers(self, outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table:
+        probability = score.sharpen(outputs["probability"], decision["temperature"])
+        columns = {
+            "predicted": pa.array([self.labels[index] for index in probability.argmax(1)]),
+            "confidence": pa.array(probability.max(1)),
+            "decision": pa.array(score.decisions(probability, decision["threshold"])),
+        }
+        columns |= {f"probability/{name}": pa.array(probability[:, index]) for index, name in enumerate(self.labels)}
+        return pa.table(columns)
+
+    @functools.cache  # noqa: B019 - one task a process
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        # In a model folder it lies at the top, where Hugging Face looks for it.
+        places = [self.prepared / "tokenizer" / "tokenizer.json", self.prepared / "tokenizer.json"]
+        return Tokenizer.from_file(str(next(place for place in places if place.is_file())))
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, TicketClassifier)

@@ -1,0 +1,103 @@
+"""Train from Python: in a notebook, under a debugger, or in a script that a launcher starts on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from dist_train import config_io
+from dist_train.config import RunConfig
+from dist_train.contradictions import Settings
+from dist_train.direct_start import RefusedError, joined
+from dist_train.errors import ConfigError, ToolkitError
+from dist_train.events import current_attempt, log_event
+from dist_train.hardware import detect_hardware
+from dist_train.heartbeat import Heartbeat
+from dist_train.launcher_settings import number_of_ranks
+from dist_train.plan import LaunchPlan, make_plan
+from dist_train.rank_environment import settle_environment, settle_rank_variables
+from dist_train.rundir import RunDir, read_json
+from dist_train.score import read_score
+from dist_train.start_run import (
+    Start,
+    check_output,
+    create_directory,
+    free_directory,
+    print_plan,
+    read_commit,
+    write_attempt,
+)
+from dist_train.stop import StopFlag
+from dist_train.task import check_task
+from dist_train.worker import Attempt, train_task
+
+_SPLITS = ("train", "validation", "test")
+
+
+def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False) -> RunDir:
+    """Train `task` to its end in this process, evaluate and report, as `dist-train run` does: same loop, checkpoints
+    and run directory. Under torchrun or accelerate launch every rank calls it alike.
+
+    score: what has METRIC and measure, for example a recipe's score.py; else `task.score`, else the module that
+    defines the task. resume: go on from the newest checkpoint of the run that config.name names.
+
+    Returns the run directory: report.json there has every figure. ToolkitError for what a user can mend; Preempted
+    after Ctrl-C, when the step is saved.
+    """
+    settle_rank_variables()
+    module = sys.modules[type(task).__module__]
+    check_task(task, module.__name__)
+    scored = read_score(score or getattr(task, "score", None) or module, module.__name__)
+    stop, rank = StopFlag(), int(os.environ.get("RANK", "0"))
+    with contextlib.ExitStack() as held:
+        held.enter_context(stop.installed())
+        try:
+            # What is refused is raised here, with its traceback into the user's code: nothing needs to be printed.
+            run = held.enter_context(joined(lambda stack: _start(task, config, resume, stack), lambda error: None))
+        except RefusedError as error:
+            if isinstance(error.__cause__, ToolkitError):
+                raise error.__cause__ from None
+            raise
+        plan = LaunchPlan.from_json(read_json(run.plan))
+        settle_environment(plan.device, plan.strategy, plan.deterministic)
+        number = current_attempt(run.events)
+        code = Path(getattr(module, "__file__", None) or run.path).parent  # a notebook's cells lie in no file
+        train_task(Attempt(run, number, config, plan, stop, Heartbeat(run, rank)), task, scored, code)
+        if rank == 0:
+            log_event(run.events, "finished", attempt=number)
+    return run
+
+
+def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStack) -> Start:
+    if resume and config.name is None:
+        raise ConfigError("resume is True, but the config has no name: set the name of the run that is to go on.")
+    directory = RunDir(config.output_dir / str(config.name)) if resume else free_directory(config)
+    if not resume:
+        check_output(directory)
+    facts = _facts(task)
+    hardware = detect_hardware()
+    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], number_of_ranks())
+    start = Start(directory, config, plan, hardware, Settings(config_io.flatten(config), {}))
+    if not resume:
+        create_directory(start, facts, read_commit())
+    elif read_json(RunDir.existing(directory.path).data_facts)["fingerprint"] != facts["fingerprint"]:
+        raise ConfigError(f"the rows of the task are not those that {directory.path} was started with.")
+    held.enter_context(directory.locked())
+    write_attempt(start, "run_started", f"# attempt {{attempt}}, dist_train.train(...) in {Path.cwd()}\n")
+    print_plan(directory, plan)
+    return start
+
+
+def _facts(task: Any) -> dict[str, Any]:
+    """What is known of rows that no preparation has looked at: how many, and a fingerprint of ids, lengths, weights."""
+    digest, splits = hashlib.sha256(), {}
+    for name in _SPLITS:
+        rows = task.rows(name)
+        splits[name] = {"rows": len(rows.ids)}
+        for values in (rows.ids, rows.lengths, rows.weights):
+            digest.update(values.tobytes())
+    return {"fingerprint": digest.hexdigest(), "folder": str(getattr(task, "prepared", "")), "splits": splits}

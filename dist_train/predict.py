@@ -1,0 +1,123 @@
+"""Predict with a model folder: the same answers from Python, from the command line, and on any number of ranks.
+
+The work is cut into chunks of rows; a chunk is computed alike wherever it runs, so that ranks need not know each other:
+python -m dist_train.predict FOLDER INPUT OUT RANK WORLD_SIZE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dist_train.errors import ConfigError, DataError, ToolkitError
+from dist_train.evaluate import forward_rows
+from dist_train.model_folder import LoadedModel, find_model_folder, load_model_folder
+from dist_train.records import chunks_of, read_records
+from dist_train.task import Batch
+
+
+class Predictor:
+    """A trained model that answers rows as a user has them."""
+
+    def __init__(self, path: str | Path, device: str | None = None) -> None:
+        """path: a run directory or a model folder, wherever it lies. device: as torch names it; else a GPU if one is
+        here."""
+        self.folder = find_model_folder(path)
+        self._loaded: LoadedModel = load_model_folder(self.folder)
+        for name in ("encode", "answers"):
+            if not hasattr(self._loaded.task, name):
+                raise ConfigError(
+                    f"the task of {self._loaded.config.recipe} has no `{name}`, which predictions need: "
+                    "dist_train/task.py says what it returns."
+                )
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._loaded.model.to(self._device)
+
+    def predict(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """One answer a row, in order. rows: the columns that the model was trained on, by name."""
+        answers: list[dict[str, Any]] = []
+        for chunk in chunks_of(dict(row) for row in rows):
+            answers.extend(self.predict_chunk(chunk).to_pylist())
+        return answers
+
+    def predict_chunk(self, records: list[dict[str, Any]]) -> pa.Table:
+        """The answers of a few thousand rows at once."""
+        task = self._loaded.task
+        rows = self._encode(records)
+        # Rows of about one length share a batch, as in evaluation.
+        order = np.argsort(-np.asarray(rows.lengths), kind="stable")
+        size = self._loaded.config.eval.batch_size
+        with torch.no_grad():
+            parts = [
+                forward_rows(self._forward, task, rows, order[start : start + size])
+                for start in range(0, len(order), size)
+            ]
+        back = np.argsort(order, kind="stable")
+        outputs = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+        return task.answers(outputs, self._loaded.record["decision"])
+
+    def _encode(self, records: list[dict[str, Any]]) -> Any:
+        try:
+            return self._loaded.task.encode(records)
+        except KeyError as error:
+            raise DataError(
+                f"the rows to predict have no column {error}, which the model needs. Columns that they have: "
+                f"{', '.join(records[0])}."
+            ) from error
+        except ValueError as error:
+            raise DataError(f"the rows to predict cannot be read as the model's input: {error}") from error
+
+    def id_column(self) -> str | None:
+        """The column that names a row, where the training had one."""
+        return getattr(self._loaded.config.data, "id_column", None)
+
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = self._loaded.model({name: value.to(self._device) for name, value in batch.items()})
+        return outputs
+
+
+def predict_share(folder: str, source: str, out: Path, rank: int, world_size: int) -> None:
+    """Answer every chunk whose turn it is, each into a Parquet file of its own below `out`."""
+    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    predictor = Predictor(folder, device)
+    start = 0
+    for index, chunk in enumerate(read_records(source)):
+        if index % world_size == rank:
+            table = predictor.predict_chunk(chunk)
+            columns = {"row": pa.array(range(start, start + len(chunk)), pa.int64())}
+            column = (
+                predictor.id_column() if predictor.id_column() in chunk[0] else ("id" if "id" in chunk[0] else None)
+            )
+            if column is not None:
+                columns["id"] = pa.array([str(record[column]) for record in chunk])
+            columns |= {name: table[name] for name in table.column_names}
+            temporary = out / f".{index:08d}.tmp"
+            pq.write_table(pa.table(columns), temporary)
+            os.replace(temporary, out / f"{index:08d}.parquet")
+        start += len(chunk)
+
+
+def main(arguments: list[str]) -> int:
+    """arguments: model folder, input, folder of the answers, rank, number of ranks."""
+    folder, source, out, rank, world_size = arguments
+    try:
+        predict_share(folder, source, Path(out), int(rank), int(world_size))
+    except ToolkitError as error:
+        print(f"{error.title}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

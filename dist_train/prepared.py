@@ -1,0 +1,187 @@
+"""Prepared data: built once from a recipe's `describe` and `build`, found again by content. Torch-free.
+
+A prepared folder exists whole or not at all; facts.json lists its files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import DataError, StorageError
+from dist_train.rundir import fsync_folder, json_text, unwritable
+
+FACTS = "facts.json"
+# Facts that a report shows and a recipe may leave out.
+_UNSAID: dict[str, Any] = {"split": {"method": "the recipe's own", "seed": None}, "leaks": {}, "warnings": []}
+Say = Callable[[str], None]
+"""Shows the user one line."""
+
+
+def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
+    """The prepared folder of this config: built by `recipe.data` the first time, found again by content.
+
+    ConfigError and DataError come from the recipe; StorageError when the cache folder cannot be written.
+    """
+    from filelock import FileLock
+
+    content = recipe.data.describe(config) if hasattr(recipe.data, "describe") else describe(config, recipe.data)
+    described = {"recipe": recipe.name, "data": content}
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder(config) / f"{Path(recipe.name).name}-{key[:24]}"
+    if is_whole(folder):
+        say(f"data           prepared before: {folder}")
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not is_whole(folder):
+                temporary = folder.with_name(f".tmp-{folder.name}")
+                shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
+                try:
+                    temporary.mkdir()
+                    facts = recipe.data.build(config, temporary, say)
+                    counted = sum(split["rows"] for split in facts["splits"].values())
+                    commit(temporary, folder, {"fingerprint": key, "rows": counted, **_UNSAID, **facts})
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                say(f"data           prepared: {folder}")
+    except OSError as error:
+        raise unwritable(folder, error, "data.cache_dir") from error
+    return folder
+
+
+def describe(config: Any, module: Any) -> dict[str, Any]:
+    """What a recipe's prepared data depends on, where the recipe does not say: the values of its `data` section, the
+    content of the files that they name, and the code that prepares them."""
+    values: dict[str, Any] = {}
+    for key, value in config.data.model_dump(mode="json").items():
+        extra = type(config.data).model_fields[key].json_schema_extra
+        if isinstance(extra, dict) and extra.get("format") == "path" and value is not None:
+            values[key] = (
+                None if key in ("cache_dir", "stage_to") else [_content(Path(path)) for path in _listed(value)]
+            )
+        else:
+            values[key] = value
+    return {"values": values, "code": _content(Path(module.__file__))}
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def _content(path: Path) -> Any:
+    """The hash of a file, those of all files below a folder, or the bare name where there is neither."""
+    if path.is_dir():
+        return {str(file.relative_to(path)): _content(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    if not path.is_file():
+        return str(path)
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cache_folder(config: Any) -> Path:
+    """data.cache_dir where the recipe has that key, else the default place."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dist-train"
+    return Path(getattr(config.data, "cache_dir", None) or default)
+
+
+def commit(temporary: Path, folder: Path, facts: dict[str, Any]) -> None:
+    """Give a filled folder its facts and its name, durably: a power cut must not leave empty files behind a rename."""
+    files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+    (temporary / FACTS).write_text(json_text({**facts, "files": sizes}), encoding="utf-8")
+    for path in temporary.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if folder.exists() and not is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(temporary)  # another process has built the same meanwhile
+    fsync_folder(folder.parent)
+
+
+def is_whole(folder: Path | str) -> bool:
+    """Every file that the folder was built with is there, in its size."""
+    try:
+        files = load_facts(folder)["files"]
+        return all((Path(folder) / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def load_facts(folder: Path | str) -> dict[str, Any]:
+    """facts.json: what `build` returned, with the fingerprint and the files."""
+    return json.loads((Path(folder) / FACTS).read_text(encoding="utf-8"))
+
+
+def write_split(folder: Path, name: str, table: Any) -> None:
+    """Store a split, a pyarrow Table, as an Arrow stream."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_random_splits(
+    folder: Path, table: Any, validation_share: float = 0.15, test_share: float = 0.15, seed: int = 0
+) -> dict[str, Any]:
+    """Deal the rows of a pyarrow Table out at random and store each split, with the number of each row as column `row`.
+    Rows that are alike in every column go to one side. Returns the facts about it."""
+    import numpy as np
+    import pyarrow as pa
+
+    first_of: dict[tuple[Any, ...], int] = {}
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    group = np.array([first_of.setdefault(values, index) for index, values in enumerate(rows)])
+    firsts = np.unique(group)
+    shuffled = np.random.default_rng(seed).permutation(firsts)
+    cuts = [round(len(firsts) * (1 - validation_share - test_share)), round(len(firsts) * (1 - test_share))]
+    parts = dict(zip(("train", "validation", "test"), np.split(shuffled, cuts), strict=True))
+    splits = {}
+    for name, part in parts.items():
+        chosen = np.flatnonzero(np.isin(group, part))
+        if not len(chosen):
+            raise DataError(f"the {name} split is empty: {table.num_rows} rows are too few for these shares.")
+        write_split(folder, name, table.take(chosen).append_column("row", pa.array(chosen)))
+        splits[name] = {"rows": len(chosen)}
+    copies = table.num_rows - len(firsts)
+    return {"splits": splits, "split": {"method": "random", "seed": seed}, "leaks": {"exact_duplicates": copies}}
+
+
+def read_split(folder: Path | str, name: str) -> Any:
+    """A split as a pyarrow Table over a memory map."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(Path(folder) / f"{name}.arrow")) as source:
+        return pa.ipc.open_stream(source).read_all()
+
+
+def check_space(folder: Path, needed: int, kept: int, say: Say) -> None:
+    """Say what will be written; StorageError where the disk lacks it. kept: bytes there that may be used again."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    say(f"data           takes about {_size(needed)} in {folder}, which has {_size(free)} free")
+    if free < needed - kept:
+        raise StorageError(
+            f"the prepared data takes about {_size(needed)}, but {folder} has {_size(free)} free: free some space, or "
+            "choose another folder with data.cache_dir=... (the site file can set it once for all runs)."
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,112 @@
+"""dist-train predict: the answers of a model folder to a file of rows, computed on any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dist_train.errors import ConfigError, DataError
+from dist_train.hardware import detect_hardware
+from dist_train.rundir import storage_error, unwritable
+from launcher.process import run_together
+
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+def predict(path: str, source: str, output: str | None, processes: int | None) -> None:
+    """Answer the rows of `source` ("-": standard input) with the model at `path`. ToolkitError of the first process
+    that fails; then nothing is written."""
+    if output is not None and not output.endswith(_SUFFIXES):
+        raise ConfigError(f"--output is {output}, but must end in one of {', '.join(_SUFFIXES)}.")
+    gpus = len(detect_hardware().gpus)
+    count = processes or gpus or 1
+    if gpus and count > gpus:
+        raise ConfigError(f"--gpus-per-node is {count}, but this machine has {gpus} GPUs.")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dist-train-predict-") as folder:
+        parts = Path(folder) / "parts"
+        parts.mkdir()
+        rows_file = _spool(Path(folder)) if source == "-" else source
+        module = [sys.executable, "-P", "-m", "dist_train.predict", path, rows_file, str(parts)]
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        if count > 1 and not gpus:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        run_together([[*module, str(rank), str(count)] for rank in range(count)], environment)
+        tables = [pq.ParquetFile(file) for file in sorted(parts.glob("*.parquet"))]
+        if not tables:
+            raise DataError(f"{'standard input' if source == '-' else source} has no rows.")
+        rows = sum(table.metadata.num_rows for table in tables)
+        _write(tables, output)
+    seconds = time.monotonic() - began
+    print(f"{rows:,} rows in {seconds:.1f} s{f': {output}' if output else ''}", file=sys.stderr)
+
+
+def _spool(folder: Path) -> str:
+    """Standard input as a file: JSON lines where it begins with a brace, else CSV."""
+    stream = sys.stdin.buffer
+    first = stream.read(1)
+    if not first:
+        raise DataError("standard input is empty: it needs CSV with a header line, or JSON lines.")
+    file = folder / ("input.jsonl" if first == b"{" else "input.csv")
+    with open(file, "wb") as target:
+        target.write(first)
+        shutil.copyfileobj(stream, target)
+    return str(file)
+
+
+def _write(tables: list[pq.ParquetFile], output: str | None) -> None:
+    """Whole or not at all; to standard output as CSV."""
+    if output is None:
+        _write_csv(_batches(tables), sys.stdout)
+        sys.stdout.flush()
+        return
+    target = Path(output)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".parquet":
+            with pq.ParquetWriter(temporary, tables[0].schema_arrow) as writer:
+                for batch in _batches(tables):
+                    writer.write_batch(batch)
+        else:
+            with open(temporary, "w", encoding="utf-8", newline="") as stream:
+                (_write_csv if target.suffix == ".csv" else _write_jsonl)(_batches(tables), stream)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise (
+            storage_error(target, error) if target.parent.is_dir() else unwritable(target, error, "--output")
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _batches(tables: list[pq.ParquetFile]) -> Iterator[pa.RecordBatch]:
+    for table in tables:
+        yield from table.iter_batches()
+
+
+def _write_csv(batches: Iterator[pa.RecordBatch], stream: IO[str]) -> None:
+    writer: Any = None
+    for batch in batches:
+        if writer is None:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(batch.schema.names)
+        writer.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+
+def _write_jsonl(batches: Iterator[pa.RecordBatch], stream: IO[str]) -> None:
+    for batch in batches:
+        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in batch.to_pylist())

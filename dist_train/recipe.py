@@ -39,7 +39,7 @@ class Recipe:
 
     @property
     def data(self) -> Any:
-        """data.py, with `prepare`, `is_whole`, `load_facts`, `lengths` and `misfit`."""
+        """data.py, with `describe`, `build`, `lengths` and `misfit`; prepared.py does the rest."""
         return self._module("data")
 
     @property

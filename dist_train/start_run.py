@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import config_io, deepspeed_base
+from dist_train import config_io, deepspeed_base, prepared
 from dist_train.config import RunConfig
 from dist_train.config_io import Loaded
 from dist_train.contradictions import Settings, refuse
@@ -207,14 +207,14 @@ def check_output(run: RunDir) -> None:
 
 def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the prepared data, with the folder that holds it."""
-    folder = recipe.data.prepare(config, lambda text: print(text, flush=True))
-    return {**recipe.data.load_facts(folder), "folder": str(folder)}
+    folder = prepared.prepare(config, recipe, lambda text: print(text, flush=True))
+    return {**prepared.load_facts(folder), "folder": str(folder)}
 
 
 def kept_data(directory: RunDir, config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the data that the run was trained on; prepared again where the cache was cleared."""
     recorded = read_json(directory.data_facts)
-    if not recipe.data.is_whole(Path(recorded["folder"])):
+    if not prepared.is_whole(Path(recorded["folder"])):
         recorded = same_data(directory, config, recipe, [])
         write_json(directory.data_facts, recorded)
     return recorded

@@ -1,4 +1,4 @@
-"""Read the user's tickets in batches: CSV, TSV, JSONL, Parquet (gz too), a `datasets` folder or a hub data set.
+"""Read the user's tables in batches: CSV, TSV, JSONL and Parquet (gz too), and folders of Parquet. Torch-free.
 
 Strict: whatever is wrong is named with its file and line, before anything is built on it.
 """
@@ -12,38 +12,69 @@ import gzip
 import io
 import json
 import os
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import DataError
 
 Batch = list[dict[str, Any]]
 _BATCH_ROWS = 10_000
 _KINDS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-# A field longer than this is a quote that was never closed, not a ticket.
+# A field longer than this is a quote that was never closed, not a value.
 _MOST_CHARACTERS = 10_000_000
+# What Hive calls a missing value in a folder's name.
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
-def expand_files(paths: str | Sequence[str], key: str) -> list[Path]:
-    """The files of a path, a list of paths or a glob. DataError when one is missing or empty."""
-    files: list[Path] = []
+@dataclass(frozen=True)
+class TableFile:
+    """A file of rows, on its own or below a folder."""
+
+    path: Path
+    folder: Path | None = None
+    """The folder that was named, where the file was found below one."""
+
+    def partition(self) -> dict[str, str | None]:
+        """Columns that the folders between say for every row of the file: `year=2026/queue=a/` (Hive's way)."""
+        parts = self.path.relative_to(self.folder).parent.parts if self.folder else ()
+        pairs = (unquote(part).partition("=") for part in parts if "=" in part)
+        return {name: None if value == _NO_VALUE else value for name, _, value in pairs}
+
+    def num_rows(self) -> int | None:
+        """Rows, where the file says so itself (Parquet)."""
+        return None if _kind(self.path) != "parquet" else _open_parquet(self.path).metadata.num_rows
+
+
+def expand_files(paths: str | Sequence[str], key: str) -> list[TableFile]:
+    """The files of a path, a list of paths, a glob, or a folder with *.parquet below. DataError when one is missing or
+    empty. Each kind is in sorted order, so that the rows always come in the same one."""
+    files: list[TableFile] = []
     for word in [paths] if isinstance(paths, str) else paths:
         pattern = any(sign in word for sign in "*?[") and not os.path.exists(word)
-        matches = sorted(glob.glob(word)) if pattern else [word]
+        matches = sorted(glob.glob(word, recursive=True)) if pattern else [word]
         if not matches:
             raise DataError(f"{key} is {word}, but no file matches it.")
-        files.extend(Path(match) for match in matches)
+        for match in map(Path, matches):
+            below = _parquet_below(match) if match.is_dir() else []
+            files.extend([TableFile(path, match) for path in below] or [TableFile(match)])
     for file in files:
         try:
-            _check_file(file, key)
-            with open(file, "rb"):
+            _check_file(file.path, key)
+            with open(file.path, "rb"):
                 pass
         except OSError as error:
-            raise DataError(f"{key} is {file}, which cannot be read: {error.strerror}.") from error
+            raise DataError(f"{key} is {file.path}, which cannot be read: {error.strerror}.") from error
     return files
+
+
+def _parquet_below(folder: Path) -> list[Path]:
+    """What writers of data sets leave beside the data (_SUCCESS, .crc) begins with these signs."""
+    found = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in found if not any(part[0] in "._" for part in path.relative_to(folder).parts))
 
 
 def _check_file(file: Path, key: str) -> None:
@@ -52,11 +83,14 @@ def _check_file(file: Path, key: str) -> None:
         hint = f" Did you mean {file.parent / near[0]}?" if near else ""
         raise DataError(f"{key} is {file}, but there is no such file.{hint}")
     if not file.is_file() and not file.is_dir():
-        raise DataError(f"data.path is {file}, which is no regular file: copy its content into one.")
+        raise DataError(f"{key} is {file}, which is no regular file: copy its content into one.")
     if file.is_dir():
-        raise DataError(f"{key} is {file}, a folder that `datasets` did not save: name files, for example {file}/*.csv")
+        raise DataError(
+            f"{key} is {file}, a folder that `datasets` did not save and that has no *.parquet below: name files, "
+            f"for example {file}/*.csv"
+        )
     if file.stat().st_size == 0:
-        raise DataError(f"{file} is empty ({key}): it needs a header and at least one ticket of each of two queues.")
+        raise DataError(f"{file} is empty ({key}): it needs a header and rows below it.")
     if _kind(file) is None:
         allowed = ", ".join(sorted(_KINDS))
         raise DataError(f"{file} ({key}) has an ending that is not known; allowed: {allowed}, also with .gz behind.")
@@ -73,26 +107,26 @@ def _kind(file: Path) -> str | None:
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def read_files(files: Iterable[Path], columns: dict[str, str]) -> Iterator[Batch]:
-    """Batches of rows as {column: value}, only the named columns.
+def read_files(files: Iterable[TableFile], columns: Mapping[str, str] | None = None) -> Iterator[Batch]:
+    """Batches of rows as {column: value}, only the named columns; all of them for None. Values are text, or None.
 
-    columns: the column's name -> the config key that names it, for messages. Values are text, or None.
+    columns: the column's name -> the config key that names it, for messages.
     """
     for file in files:
-        kind = _kind(file)
+        kind = _kind(file.path)
         if kind == "parquet":
             yield from _read_parquet(file, columns)
             continue
-        with _open_text(file) as stream:
+        with _open_text(file.path) as stream:
             try:
                 if kind == "jsonl":
-                    yield from _batched(_read_jsonl(file, stream, columns))
+                    yield from _batched(_read_jsonl(file.path, stream, columns))
                 else:
-                    yield from _batched(_read_csv(file, stream, "\t" if kind == "tsv" else ",", columns))
+                    yield from _batched(_read_csv(file.path, stream, "\t" if kind == "tsv" else ",", columns))
             except UnicodeDecodeError:
-                raise _bad_utf8(file, kind or "csv") from None
+                raise _bad_utf8(file.path, kind or "csv") from None
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise DataError(f"{file} is no whole gzip file: {error}. Copy or compress it again.") from error
+                raise DataError(f"{file.path} is no whole gzip file: {error}. Copy or compress it again.") from error
 
 
 def _open_text(file: Path) -> IO[str]:
@@ -111,7 +145,7 @@ def _batched(rows: Iterable[dict[str, Any]]) -> Iterator[Batch]:
         yield batch
 
 
-def _read_csv(file: Path, stream: IO[str], delimiter: str, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _read_csv(file: Path, stream: IO[str], delimiter: str, columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(_MOST_CHARACTERS)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
@@ -121,8 +155,8 @@ def _read_csv(file: Path, stream: IO[str], delimiter: str, columns: dict[str, st
     except csv.Error as error:
         raise DataError(f"{file}: the header: {error}. Look for a quote that is not closed.") from error
     places = {name: index for index, name in enumerate(header)}
-    check_columns(file, header, columns)
-    wanted = [(name, places[name]) for name in columns]
+    check_columns(file, header, dict.fromkeys(header, "the header") if columns is None else columns)
+    wanted = [(name, places[name]) for name in columns or header]
     count, line = 0, reader.line_num + 1
     try:
         for record in reader:
@@ -140,10 +174,10 @@ def _read_csv(file: Path, stream: IO[str], delimiter: str, columns: dict[str, st
     except csv.Error as error:
         raise DataError(f"{file}:{line}: {error}. Look for a quote that is not closed.") from error
     if count == 0:
-        raise DataError(f"{file} has a header, but no tickets below it.")
+        raise DataError(f"{file} has a header, but no rows below it.")
 
 
-def _read_jsonl(file: Path, stream: IO[str], columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+def _read_jsonl(file: Path, stream: IO[str], columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
     count = 0
     for number, line in enumerate(stream, start=1):
         if not line.strip():
@@ -154,38 +188,48 @@ def _read_jsonl(file: Path, stream: IO[str], columns: dict[str, str]) -> Iterato
             raise DataError(f"{file}:{number}: this line is no JSON: {error}.") from error
         if not isinstance(record, dict):
             raise DataError(f"{file}:{number}: a line must be a JSON object, but this is {type(record).__name__}.")
-        if not columns.keys() <= record.keys():
+        if columns is not None and not columns.keys() <= record.keys():
             check_columns(Path(f"{file}:{number}"), list(record), columns)
         count += 1
-        row = {name: _as_text(record[name]) for name in columns}
+        row = {name: as_text(record[name]) for name in columns or record}
         try:
             "".join(value or "" for value in row.values()).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{file}:{number}: an escape in this line is half a character: {error}.") from error
         yield row
     if count == 0:
-        raise DataError(f"{file} has no tickets in it.")
+        raise DataError(f"{file} has no rows in it.")
 
 
-def _read_parquet(file: Path, columns: dict[str, str]) -> Iterator[Batch]:
+def _read_parquet(file: TableFile, columns: Mapping[str, str] | None) -> Iterator[Batch]:
+    import pyarrow as pa
+
+    parquet, partition = _open_parquet(file.path), file.partition()
+    own = parquet.schema_arrow.names
+    existing = [*(name for name in own if name not in partition), *partition]
+    check_columns(file.path, existing, columns or {})
+    wanted = list(columns or existing)
+    if parquet.metadata.num_rows == 0 and file.folder is None:  # below a folder an empty part is nothing special
+        raise DataError(f"{file.path} has no rows in it.")
+    try:
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=[name for name in wanted if name not in partition]):
+            rows = batch.to_pylist()
+            yield [{name: as_text(row[name]) if name in row else partition[name] for name in wanted} for row in rows]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file.path} is damaged: {error}. Copy or write it again.") from error
+
+
+def _open_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is no Parquet file: {error}") from error
-    check_columns(file, parquet.schema_arrow.names, columns)
-    if parquet.metadata.num_rows == 0:
-        raise DataError(f"{file} has no tickets in it.")
-    try:
-        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns)):
-            yield [{name: _as_text(row[name]) for name in columns} for row in batch.to_pylist()]
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is damaged: {error}. Copy or write it again.") from error
+        raise DataError(f"{path} is no Parquet file: {error}") from error
 
 
-def check_columns(where: Path | str, existing: Sequence[str], columns: dict[str, str]) -> None:
+def check_columns(where: Path | str, existing: Sequence[str], columns: Mapping[str, str]) -> None:
     """DataError for the first column that is not there, with those that are, or that is there twice."""
     for name, key in columns.items():
         if list(existing).count(name) > 1:
@@ -200,7 +244,7 @@ def check_columns(where: Path | str, existing: Sequence[str], columns: dict[str,
             )
 
 
-def _as_text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else str(value)
 
 
@@ -226,63 +270,3 @@ def _bad_utf8(file: Path, kind: str) -> DataError:
             f"If the file is in another encoding, convert it: iconv -f {encoding} -t utf-8 {file.name}"
         )
     raise AssertionError("called for a file that is UTF-8")
-
-
-def open_dataset(path: str, revision: str | None) -> dict[str, Any] | None:
-    """The splits of a folder that `datasets` saved or of `hub:NAME`, by name ("" for a single one); None for files."""
-    if path.startswith("hub:"):
-        return _open_hub(path.removeprefix("hub:"), revision)
-    folder = Path(path)
-    if not folder.is_dir() or not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return None
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data.path is {path}, which `datasets` cannot load: {error}") from error
-    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-
-
-def _open_hub(name: str, revision: str | None) -> dict[str, Any]:
-    import datasets
-
-    if not name:
-        raise ConfigError("data.path is hub: without a name; write for example data.path=hub:owner/name.")
-    try:
-        loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # the library raises many kinds: no network, no such name, gated, scripts
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data.path is hub:{name}, which could not be loaded: {first}\n"
-            "Check the name and this machine's network; or download it elsewhere, save it with save_to_disk(FOLDER), "
-            "and set data.path=FOLDER."
-        ) from error
-    return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
-
-
-def resolved_revision(dataset: Any) -> str | None:
-    """The commit that a hub data set was downloaded from; None for a folder."""
-    for address in dataset.info.download_checksums or {}:
-        found = re.search(r"@([0-9a-f]{40})/", address)
-        if found:
-            return found[1]
-    return None
-
-
-def read_dataset(dataset: Any, where: str, columns: dict[str, str]) -> Iterator[Batch]:
-    """Batches of a `datasets` split."""
-    check_columns(where, dataset.column_names, columns)
-    chosen = dataset.select_columns(list(columns))
-    names = {name: getattr(dataset.features[name], "names", None) for name in columns}
-    for start in range(0, len(chosen), _BATCH_ROWS):
-        part = chosen[start : start + _BATCH_ROWS]
-        rows = zip(*([_class_name(value, names[name]) for value in part[name]] for name in columns), strict=True)
-        yield [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def _class_name(value: Any, names: list[str] | None) -> str | None:
-    """A ClassLabel column holds indices; its names are what people call the classes. -1 stands for no label there."""
-    if names and value is not None:
-        return names[value] if value >= 0 else None
-    return _as_text(value)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.config import RunConfig
+from dist_train.prepared import cache_folder
 from dist_train.rundir import json_text, write_atomic
 
 # Changes whenever the same model would be measured differently.
@@ -114,8 +114,7 @@ def profile_file(config: RunConfig, data_fingerprint: str, precision: str, code:
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code.glob("*.py"))],
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dist-train"
-    return Path(getattr(config.data, "cache_dir", folder)) / f"profile-{key[:24]}.json"
+    return cache_folder(config) / f"profile-{key[:24]}.json"
 
 
 def load_profile(path: Path) -> ModelProfile | None:

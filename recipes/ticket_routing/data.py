@@ -1,79 +1,107 @@
-"""Prepare the tickets: read, validate, split, tokenise into a cache folder keyed by content. Torch-free.
+"""Prepare the tickets: read and sign them in chunks, group near-duplicates, split, tokenise. Torch-free.
 
-A prepared folder holds facts.json, train.arrow, validation.arrow, test.arrow and tokenizer/, and exists whole or not.
+Chunks are kept beside the prepared folders, so that data that grows costs only what is new; stored.py reads the result.
 """
 
 from __future__ import annotations
 
-import collections
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dist_train.errors import DataError
-from dist_train.rundir import fsync_folder, json_text, unwritable
-from recipes.ticket_routing import split
+from dist_train.prepared import check_space, is_whole
+from dist_train.worker_pool import map_in_workers
+from recipes.ticket_routing import chunks, split
+from recipes.ticket_routing.chunks import Columns
 from recipes.ticket_routing.config import Config, DataConfig
-from recipes.ticket_routing.duplicates import group_near_duplicates, normalise
+from recipes.ticket_routing.duplicates import words_of
+from recipes.ticket_routing.groups import BLOCK_ROWS, Grouped, group
 from recipes.ticket_routing.sources import Source, find_sources
-from recipes.ticket_routing.tokens import describe_ready, make_tokenizer
+from recipes.ticket_routing.tickets import Part, Tickets, choose_labels
+from recipes.ticket_routing.tokens import describe_ready, file_hash, make_tokenizer
 
 # Changes whenever the same source would be prepared differently.
-VERSION = 1
-_FILES = ("facts.json", "train.arrow", "validation.arrow", "test.arrow", "tokenizer/tokenizer.json")
-_WRITE_ROWS = 1000
+VERSION = 2
+_SAY_EVERY_S = 20.0
+Say = Callable[[str], None]
 
 
-@dataclass
-class Tickets:
-    """All rows, as columns."""
+def describe(config: Config) -> dict[str, Any]:
+    """All that the prepared folder depends on: contents, not paths."""
+    content = [
+        {name: value for name, value in source.fingerprint.items() if name != "dataset"}  # where a data set lies
+        | {"files": [[file["sha256"], file.get("partition")] for file in source.fingerprint.get("files", [])]}
+        for source in find_sources(config.data)
+    ]
+    keys = config.data.model_dump(
+        mode="json", exclude={"path", "validation_path", "test_path", "cache_dir", "rows", "synthetic"}
+    )
+    described = {"version": VERSION, "content": content, "keys": keys, "pretrained": config.model.pretrained}
+    tokenizer = describe_ready(config)
+    return described if tokenizer is None else {**described, "tokenizer": tokenizer}
 
-    texts: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    times: list[str | None] = field(default_factory=list)
-    own_split: list[str | None] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    """Number of each row in the source."""
-    empty_texts: int = 0
 
-
-def prepare(config: Config, report: Callable[[str], None] = print) -> Path:
-    """The prepared folder for this config; built once, found again by content. ConfigError, DataError, StorageError."""
-    from filelock import FileLock
-
+def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
+    """Write the prepared files into `folder`; returns the facts. DataError, StorageError."""
+    began = time.monotonic()
     sources = find_sources(config.data)
-    key = _fingerprint(config, sources)
-    root = config.data.cache_dir
-    folder = root / f"tickets-{key[:24]}"
-    if is_whole(folder):
-        report(f"data           prepared before: {folder}")
-        return folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".tickets-{key[:24]}.lock"):
-            if not is_whole(folder):
-                _build(config, sources, key, folder, report)
-    except OSError as error:
-        raise unwritable(folder, error, "data.cache_dir") from error
-    return folder
-
-
-def is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _FILES)
-
-
-def load_facts(folder: Path | str) -> dict[str, Any]:
-    """facts.json: labels, counts, split, leak report, fingerprint."""
-    return json.loads((Path(folder) / "facts.json").read_text(encoding="utf-8"))
+    root = config.data.cache_dir / "chunks"
+    root.mkdir(parents=True, exist_ok=True)
+    chunks.remove_stale(root)
+    kept = sum(file.stat().st_size for file in root.glob("*/*"))
+    check_space(config.data.cache_dir, sum(source.bytes_needed for source in sources), kept, say)
+    say(f"data           reading {', '.join(source.where for source in sources)}")
+    work = folder / "work"
+    work.mkdir()
+    tickets = Tickets(_read(config.data, sources, root, say), work)
+    names, warnings = choose_labels(tickets.counts(), tickets.empty(), config.data)
+    every_label = tickets.labels(names)
+    here = _Kept(every_label)
+    labels = here.of(every_label)
+    say(f"data           {len(labels)} tickets in {len(names)} classes; looking for near-duplicates")
+    grouped = _group(tickets, here, work)
+    own, times = tickets.own_split(config.data), _times(tickets, sources, config.data)
+    own, times = (None if column is None else here.of(column) for column in (own, times))
+    split_of, method = _split(own, times, labels, grouped, config.data)
+    _check_split(split_of, labels, grouped, names, method)
+    hashes = np.sort(here.of(tickets.column("texts", np.uint64)))
+    copies = int((hashes[1:] == hashes[:-1]).sum())
+    leaks = {"exact_duplicates": copies, **split.leak_report(split_of, labels, grouped.groups)}
+    crossing = sum(leaks["groups_crossing"].values())
+    if crossing:
+        warnings.append(f"{crossing} groups of near-duplicates lie on both sides of a split that was given")
+    say("data           training the tokenizer and tokenising")
+    (folder / "tokenizer").mkdir()
+    teachers = here.positions(_teachers(split_of, own, times, labels, grouped, config.data))
+    tokenizer = make_tokenizer(config, tickets.texts(teachers), folder / "tokenizer")
+    lengths = _tokenise(tickets, folder, root, say)
+    np.save(folder / "rows.npy", tickets.rows())
+    np.save(folder / "labels.npy", every_label)
+    np.save(folder / "starts.npy", tickets.starts)
+    for index, name in enumerate(split.NAMES):
+        np.save(folder / f"{name}.npy", here.positions(np.flatnonzero(split_of == index)))
+    lengths = here.of(lengths)[split_of != split.DROPPED]
+    shutil.rmtree(work)
+    for warning in warnings:
+        say(f"warning        {warning}")
+    say(f"data           took {time.monotonic() - began:.1f} s")
+    return {
+        "sources": [source.fingerprint for source in sources],
+        "rows": len(labels),
+        "labels": names,
+        "splits": {name: _counts(labels[split_of == index], names) for index, name in enumerate(split.NAMES)},
+        "split": {"method": method, "seed": config.data.split_seed},
+        "leaks": leaks,
+        "lengths": _describe_lengths(lengths, config.data.max_tokens),
+        "vocabulary": tokenizer.get_vocab_size(),
+        "warnings": warnings,
+    }
 
 
 def misfit(then: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -87,198 +115,180 @@ def misfit(then: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def lengths(folder: Path | str) -> Any:
     """Tokens of each training row, as a numpy array."""
-    import pyarrow.compute as pc
-
-    return pc.list_value_length(read_split(folder, "train")["input_ids"]).to_numpy()
+    return np.load(Path(folder) / "lengths.npy", mmap_mode="r")[np.load(Path(folder) / "train.npy", mmap_mode="r")]
 
 
-def read_split(folder: Path | str, name: str) -> Any:
-    """A split as a pyarrow Table over a memory map."""
-    import pyarrow as pa
+class _Kept:
+    """The rows whose label stays; a row's number among them is not its position where labels were dropped."""
 
-    with pa.memory_map(str(Path(folder) / f"{name}.arrow")) as source:
-        return pa.ipc.open_stream(source).read_all()
+    def __init__(self, labels: np.ndarray) -> None:
+        kept = labels >= 0
+        self._at = None if kept.all() else np.flatnonzero(kept)
 
+    def of(self, column: np.ndarray) -> np.ndarray:
+        return column if self._at is None else column[self._at]
 
-def _fingerprint(config: Config, sources: list[Source]) -> str:
-    """Of all that the prepared folder depends on: contents, not paths."""
-    content = [
-        {name: value for name, value in source.fingerprint.items() if name != "dataset"}  # where a data set lies
-        | {"files": [file["sha256"] for file in source.fingerprint.get("files", [])]}
-        for source in sources
-    ]
-    keys = config.data.model_dump(
-        mode="json", exclude={"path", "validation_path", "test_path", "cache_dir", "rows", "synthetic"}
-    )
-    described = {"version": VERSION, "content": content, "keys": keys, "pretrained": config.model.pretrained}
-    tokenizer = describe_ready(config)
-    if tokenizer is not None:
-        described["tokenizer"] = tokenizer
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    def positions(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self._at is None else self._at[rows]
 
 
-def _build(config: Config, sources: list[Source], key: str, folder: Path, report: Callable[[str], None]) -> None:
-    began = time.monotonic()
-    report(f"data           reading {', '.join(source.where for source in sources)}")
-    tickets = _read(config.data, sources)
-    warnings = _validate(tickets, config.data)
-    names = sorted(set(tickets.labels))
-    index_of = {name: index for index, name in enumerate(names)}
-    labels = np.array([index_of[label] for label in tickets.labels], dtype=np.int32)
-    report(f"data           {len(labels)} tickets in {len(names)} classes; looking for near-duplicates")
-    groups = group_near_duplicates(tickets.texts)
-    split_of, method = _split(tickets, labels, groups, config.data)
-    _check_split(split_of, labels, len(np.unique(groups)), names, method)
-    # Texts without words are told apart by their signs.
-    copies = len(tickets.texts) - len({normalise(text) or text for text in tickets.texts})
-    leaks = {"exact_duplicates": copies, **split.leak_report(split_of, labels, groups)}
-    crossing = sum(leaks["groups_crossing"].values())
-    if crossing:
-        warnings.append(f"{crossing} groups of near-duplicates lie on both sides of a split that was given")
-    report("data           training the tokenizer and tokenising")
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
-    try:
-        (temporary / "tokenizer").mkdir(parents=True)
-        train_texts = (tickets.texts[index] for index in np.flatnonzero(split_of == split.TRAIN))
-        tokenizer = make_tokenizer(config, train_texts, temporary / "tokenizer")
-        lengths = _write_splits(temporary, tickets, labels, split_of, tokenizer)
-        facts = {
-            "fingerprint": key,
-            "sources": [source.fingerprint for source in sources],
-            "rows": len(labels),
-            "labels": names,
-            "splits": {name: _counts(labels[split_of == index], names) for index, name in enumerate(split.NAMES)},
-            "split": {"method": method, "seed": config.data.split_seed},
-            "leaks": leaks,
-            "lengths": _describe_lengths(lengths, config.data.max_tokens),
-            "vocabulary": tokenizer.get_vocab_size(),
-            "warnings": warnings,
-        }
-        (temporary / "facts.json").write_text(json_text(facts), encoding="utf-8")
-        _make_durable(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.rename(temporary, folder)
-        fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for warning in warnings:
-        report(f"warning        {warning}")
-    report(f"data           prepared in {time.monotonic() - began:.1f} s: {folder}")
-
-
-def _make_durable(folder: Path) -> None:
-    """A power cut must not leave empty files behind a rename that lasted."""
-    for path in folder.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read(data: DataConfig, sources: list[Source]) -> Tickets:
-    columns = dict.fromkeys(data.text_columns, "data.text_columns")
-    columns[data.label_column] = "data.label_column"
+def _read(data: DataConfig, sources: list[Source], root: Path, say: Say) -> list[Part]:
+    """Store every chunk that is not there yet."""
+    named = dict.fromkeys(data.text_columns, "data.text_columns")
+    named[data.label_column] = "data.label_column"
     optional = {"id_column": data.id_column, "time_column": data.time_column, "split_column": data.split_column}
-    columns |= {name: f"data.{key}" for key, name in optional.items() if name is not None}
-    tickets, row = Tickets(), 0
-    for source in sources:
-        for batch in source.batches(columns):
-            for record in batch:
-                _append(tickets, record, row, source, data)
-                row += 1
-    return tickets
+    named |= {name: f"data.{key}" for key, name in optional.items() if name is not None}
+    columns = Columns.of(data, _timed(sources, data))
+    parts: list[Part] = []
+    progress = _Progress(say, "rows")
+
+    def jobs() -> Iterator[tuple[Any, ...]]:
+        row = 0
+        for source in sources:
+            for chunk in source.chunks(named):
+                part = Part(chunks.chunk_folder(root, chunk, columns), row, source.split)
+                parts.append(part)
+                row += chunk.rows
+                progress.count(chunk.rows, is_whole(part.folder))
+                if not is_whole(part.folder):
+                    yield part.folder, chunk, columns, source.where, part.first_row
+
+    for _ in map_in_workers(chunks.store, jobs()):
+        progress.show()
+    progress.end()
+    return parts
 
 
-def _append(tickets: Tickets, record: dict[str, Any], row: int, source: Source, data: DataConfig) -> None:
-    label = (record[data.label_column] or "").strip()
-    if not label:
-        raise DataError(
-            f"{source.where}: row {row} has no label in {data.label_column!r}. Fill it in, or leave the row out."
-        )
-    text = join_text(record, data.text_columns)
-    if not text:
-        tickets.empty_texts += 1
-        return
-    tickets.texts.append(text)
-    tickets.labels.append(label)
-    tickets.rows.append(row)
-    tickets.ids.append(str(record[data.id_column]) if data.id_column else str(row))
-    tickets.times.append(record[data.time_column] if data.time_column else None)
-    tickets.own_split.append(record[data.split_column] if data.split_column else source.split)
+def _tokenise(tickets: Tickets, folder: Path, root: Path, say: Say) -> np.ndarray:
+    """Token ids of every chunk, linked into the folder with its texts. Returns the lengths."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    tokenizer = file_hash(file)
+    (folder / "chunks").mkdir()
+    progress = _Progress(say, "tokens of rows")
+    places = [root / f"tokens-{part.folder.name[5:]}-{tokenizer[:16]}" for part in tickets.parts]
+
+    def jobs() -> Iterator[tuple[Any, ...]]:
+        for part, place, rows in zip(tickets.parts, places, np.diff(tickets.starts).tolist(), strict=True):
+            progress.count(rows, is_whole(place))
+            if not is_whole(place):
+                yield part.folder, file, place
+
+    for _ in map_in_workers(chunks.tokenise, jobs()):
+        progress.show()
+    progress.end()
+    lengths = np.lib.format.open_memmap(folder / "lengths.npy", "w+", np.int32, (len(tickets),))
+    for index, (part, place) in enumerate(zip(tickets.parts, places, strict=True)):
+        stem = str(folder / "chunks" / f"{index:06d}")
+        _link(part.folder / "text.arrow", f"{stem}.arrow")
+        for name in ("ids.npy", "offsets.npy"):
+            _link(place / name, f"{stem}.{name}")
+        lengths[tickets.starts[index] : tickets.starts[index + 1]] = np.diff(np.load(place / "offsets.npy"))
+    return np.asarray(lengths)
 
 
-def join_text(record: dict[str, Any], columns: list[str]) -> str:
-    """The ticket's text, as the model reads it."""
-    return "\n".join(record[name] or "" for name in columns).strip()
+def _link(file: Path, name: str) -> None:
+    """One copy on the disk, which stays when the chunks are removed."""
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, name)
 
 
-def _validate(tickets: Tickets, data: DataConfig) -> list[str]:
-    """Drop what the config says to drop, refuse what cannot be split. Returns warnings."""
-    warnings = []
-    if tickets.empty_texts:
-        warnings.append(f"{tickets.empty_texts} rows without text were left out")
-    counts: dict[str, int] = collections.Counter(tickets.labels)
-    rare = {label: count for label, count in counts.items() if count < (data.drop_labels_below or 0)}
-    if rare:
-        kept = [index for index, label in enumerate(tickets.labels) if label not in rare]
-        for name in ("texts", "labels", "ids", "times", "own_split", "rows"):
-            column = getattr(tickets, name)
-            setattr(tickets, name, [column[index] for index in kept])
-        warnings.append(f"data.drop_labels_below left out {sum(rare.values())} rows of: {', '.join(sorted(rare))}")
-    counts = {label: count for label, count in counts.items() if label not in rare}
-    if len(counts) < 2:
-        if not counts and tickets.empty_texts:
-            raise DataError(
-                f"all {tickets.empty_texts} rows are without text in {', '.join(data.text_columns)}: "
-                "change data.text_columns."
-            )
-        what = f"all rows have the class {next(iter(counts))!r}" if counts else "no row is left"
-        raise DataError(f"{what} in {data.label_column!r}: at least two classes are needed. Change data.label_column.")
-    folded = collections.Counter(label.casefold() for label in counts)
-    alike = sorted(label for label in counts if folded[label.casefold()] > 1)
-    if alike:
-        warnings.append(f"classes that differ in case alone count as different: {', '.join(map(repr, alike[:10]))}")
-    alone = sorted(label for label, count in counts.items() if count == 1)
-    if alone:
-        raise DataError(
-            f"a class with one row only cannot be split: {', '.join(map(repr, alone[:10]))}"
-            f"{' …' if len(alone) > 10 else ''}.\nMerge them, or leave them out with data.drop_labels_below=2."
-        )
-    return warnings
+class _Progress:
+    """Counts chunks, and says now and then how far it is."""
+
+    def __init__(self, say: Say, what: str) -> None:
+        self._say, self._what = say, what
+        self._rows = self._chunks = self._kept = 0
+        self._shown = time.monotonic()
+
+    def count(self, rows: int, kept: bool) -> None:
+        self._rows += rows
+        self._chunks += 1
+        self._kept += kept
+
+    def show(self) -> None:
+        if time.monotonic() - self._shown > _SAY_EVERY_S:
+            self._say(f"data           {self._what}: {self._rows} so far, in {self._chunks} chunks")
+            self._shown = time.monotonic()
+
+    def end(self) -> None:
+        new = self._chunks - self._kept
+        self._say(f"data           {self._what}: {self._kept} of {self._chunks} chunks kept, {new} new")
 
 
-def _split(tickets: Tickets, labels: np.ndarray, groups: np.ndarray, data: DataConfig) -> tuple[np.ndarray, str]:
-    apart = groups if data.near_duplicates == "group" else np.arange(len(labels))
-    where = "the data"
-    if data.split_column is not None or any(name is not None for name in tickets.own_split):
-        # Rows whose source names no split train, as with a validation file; an empty cell of split_column is an error.
-        unnamed = "" if data.split_column is not None else "train"
-        result = split.by_column([name or unnamed for name in tickets.own_split], tickets.rows, where)
-        if not (result == split.TEST).any():
-            if data.split_column is not None:
-                raise DataError("the given split has no test rows: give some, or let the toolkit split all of it.")
-            result = split.carve(result, labels, apart, data, split.TEST)
-        if not (result == split.VALIDATION).any():
-            result = split.carve(result, labels, apart, data, split.VALIDATION)
+def _group(tickets: Tickets, here: _Kept, work: Path) -> Grouped:
+    sets, sketches = (here.of(tickets.column(name, np.uint64)) for name in ("sets", "sketches"))
+    sizes = here.of(tickets.column("sizes", np.uint32))
+
+    def words(row: int) -> frozenset[str]:
+        return words_of(tickets.text(int(here.positions(np.array([row]))[0])))
+
+    return group(sets, sketches, sizes, lambda index: here.of(tickets.band(index)), words, work / "buckets")
+
+
+def _timed(sources: list[Source], data: DataConfig) -> bool:
+    """Whether time tells the split: a split that is given goes before."""
+    own = data.split_column is not None or any(source.split is not None for source in sources)
+    return data.time_column is not None and not own
+
+
+def _times(tickets: Tickets, sources: list[Source], data: DataConfig) -> np.ndarray | None:
+    return tickets.column("times", np.float64) if _timed(sources, data) else None
+
+
+def _split(
+    own: np.ndarray | None, times: np.ndarray | None, labels: np.ndarray, grouped: Grouped, data: DataConfig
+) -> tuple[np.ndarray, str]:
+    together = data.near_duplicates == "group"
+    alone = np.arange(len(labels), dtype=np.uint32)
+    apart = grouped if together else Grouped(alone, alone)
+    if own is not None:
+        result = own
+        for missing in (split.TEST, split.VALIDATION):
+            if not (result == missing).any() and (missing == split.VALIDATION or data.split_column is None):
+                result = split.carve(result, labels, apart, data, missing)
         return result, "column" if data.split_column else "files"
-    if data.time_column is not None:
-        result = split.by_time(split.parse_times(tickets.times, tickets.rows, where), data)
-        return (split.drop_later_copies(result, groups) if data.near_duplicates == "group" else result), "time"
+    if times is not None:
+        result = split.by_time(times, data)
+        return (split.drop_later_copies(result, grouped.groups) if together else result), "time"
     return split.stratified(labels, apart, data), "stratified"
 
 
-def _check_split(split_of: np.ndarray, labels: np.ndarray, groups: int, names: list[str], method: str) -> None:
+def _teachers(
+    split_of: np.ndarray,
+    own: np.ndarray | None,
+    times: np.ndarray | None,
+    labels: np.ndarray,
+    grouped: Grouped,
+    data: DataConfig,
+) -> np.ndarray:
+    """The rows that the tokenizer learns from: those that train in the first block by itself and in all of the data. So
+    rows that are appended do not change it, and no other split teaches the vocabulary."""
+    if len(labels) <= BLOCK_ROWS:
+        return np.flatnonzero(split_of == split.TRAIN)
+    block = slice(0, BLOCK_ROWS)
+    first = Grouped(grouped.then[block], grouped.then[block])
+    parts = (None if column is None else column[block] for column in (own, times))
+    alone, _ = _split(*parts, labels[block], first, data)
+    rows = np.flatnonzero((alone == split.TRAIN) & (split_of[block] == split.TRAIN))
+    # A source whose first block holds no training rows, such as one sorted by split.
+    return rows if len(rows) else np.flatnonzero(split_of == split.TRAIN)[:BLOCK_ROWS]
+
+
+def _check_split(split_of: np.ndarray, labels: np.ndarray, grouped: Grouped, names: list[str], method: str) -> None:
+    if method == "column" and not (split_of == split.TEST).any():
+        raise DataError("the given split has no test rows: give some, or let the toolkit split all of it.")
     for index, name in enumerate(split.NAMES):
         if not (split_of == index).any():
+            groups = int((grouped.groups == np.arange(len(labels))).sum())
             raise DataError(
                 f"the {name} split ({method}) is empty: {len(labels)} rows in {groups} groups of near-duplicates are "
                 "too few for these shares."
             )
-    known = set(labels[split_of == split.TRAIN])
+    known = np.bincount(labels[split_of == split.TRAIN], minlength=len(names)) > 0
     for index in (split.VALIDATION, split.TEST):
-        unknown = sorted(names[label] for label in set(labels[split_of == index]) - known)
+        unknown = [names[label] for label in np.unique(labels[split_of == index]) if not known[label]]
         if unknown:
             raise DataError(
                 f"the {split.NAMES[index]} split has classes that training lacks: "
@@ -286,46 +296,6 @@ def _check_split(split_of: np.ndarray, labels: np.ndarray, groups: int, names: l
                 "A model cannot predict them: move some of their rows into training, or leave them out with "
                 "data.drop_labels_below."
             )
-
-
-def _write_splits(
-    folder: Path, tickets: Tickets, labels: np.ndarray, split_of: np.ndarray, tokenizer: Any
-) -> np.ndarray:
-    """One Arrow stream a split. Returns the token counts of the rows."""
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
-
-    features = datasets.Features(
-        {
-            "row": datasets.Value("int64"),
-            "id": datasets.Value("string"),
-            "text": datasets.Value("string"),
-            "label": datasets.Value("int32"),
-            "input_ids": datasets.List(datasets.Value("int32")),
-        }
-    )
-    lengths: list[int] = []
-    for index, name in enumerate(split.NAMES):
-        chosen = np.flatnonzero(split_of == index)
-        path = str(folder / f"{name}.arrow")
-        with ArrowWriter(features=features, path=path, writer_batch_size=_WRITE_ROWS) as writer:
-            for start in range(0, len(chosen), _WRITE_ROWS):
-                part = chosen[start : start + _WRITE_ROWS].tolist()
-                encoded = tokenizer.encode_batch_fast([tickets.texts[row] for row in part])
-                # A text of unknown signs alone may come out empty; the model needs one token.
-                ids = [encoding.ids or [1] for encoding in encoded]
-                lengths.extend(len(row) for row in ids)
-                writer.write_batch(
-                    {
-                        "row": [tickets.rows[row] for row in part],
-                        "id": [tickets.ids[row] for row in part],
-                        "text": [tickets.texts[row] for row in part],
-                        "label": labels[part],
-                        "input_ids": ids,
-                    }
-                )
-            writer.finalize()
-    return np.array(lengths)
 
 
 def _counts(labels: np.ndarray, names: list[str]) -> dict[str, Any]:

@@ -1,15 +1,25 @@
-"""Where the tickets come from: files, a `datasets` folder or hub data set, or the generator."""
+"""Where the tickets come from: files, a `datasets` folder or hub data set, or the generator; in chunks."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from dist_train.errors import ConfigError, DataError
-from recipes.ticket_routing import read, split, synthetic
+from dist_train.table_files import Batch, TableFile, check_columns, expand_files, read_files
+from recipes.ticket_routing import datasets_source, split, synthetic
+from recipes.ticket_routing.chunks import CHUNK_ROWS, Chunk, packed
 from recipes.ticket_routing.config import DataConfig
+
+# What a prepared ticket takes on the disk beside its text: signatures, tokens, and its place in the split.
+_BYTES_A_ROW = 200
+_SYNTHETIC_TEXT = 130
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,11 @@ class Source:
     split: str | None
     """Name of the split that all its rows belong to; None where the toolkit splits."""
     where: str
-    batches: Callable[[dict[str, str]], Iterator[read.Batch]]
+    chunks: Callable[[dict[str, str]], Iterator[Chunk]]
+    """Its rows in order. Columns: name -> the key that names it."""
     fingerprint: dict[str, Any]
+    bytes_needed: int
+    """About what its prepared rows take on the disk."""
 
 
 def find_sources(data: DataConfig) -> list[Source]:
@@ -56,18 +69,27 @@ def _whole_sources(data: DataConfig) -> list[Source] | None:
     """The source of generated tickets, or those of a `datasets` folder or hub data set; None for files."""
     if data.path == "synthetic":
         described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
-        return [Source(None, "synthetic", lambda columns: _generated(data, columns), described)]
-    splits = read.open_dataset(data.path, data.revision) if isinstance(data.path, str) else None
+        needed = data.rows * (_SYNTHETIC_TEXT + _BYTES_A_ROW)
+        return [Source(None, "synthetic", lambda columns: _generated(data, columns), described, needed)]
+    splits = datasets_source.open_dataset(data.path, data.revision) if isinstance(data.path, str) else None
     if splits is None:
         return None
     # A lone split, most often "train", is no split: the toolkit makes one.
     return [_dataset_source(name if len(splits) > 1 else "", part, data) for name, part in splits.items()]
 
 
-def _generated(data: DataConfig, columns: dict[str, str]) -> Iterator[read.Batch]:
-    read.check_columns("synthetic", [data.text_columns[0], data.label_column], columns)
-    for batch in synthetic.generate(data.synthetic, data.rows):
-        yield [{data.text_columns[0]: row["text"], data.label_column: row["label"]} for row in batch]
+def _generated(data: DataConfig, columns: dict[str, str]) -> Iterator[Chunk]:
+    text, label = data.text_columns[0], data.label_column
+    check_columns("synthetic", [text, label], columns)
+    for start in range(0, data.rows, CHUNK_ROWS):
+        stop = min(start + CHUNK_ROWS, data.rows)
+        content = ["synthetic", synthetic.VERSION, data.synthetic.model_dump(), start, stop]
+        yield Chunk(content, functools.partial(_generate, data, start, stop), stop - start)
+
+
+def _generate(data: DataConfig, start: int, stop: int) -> pa.Table:
+    texts, labels = zip(*synthetic.generate(data.synthetic, start, stop), strict=True)
+    return pa.table({data.text_columns[0]: texts, data.label_column: labels})
 
 
 def _dataset_source(name: str, dataset: Any, data: DataConfig) -> Source:
@@ -79,20 +101,55 @@ def _dataset_source(name: str, dataset: Any, data: DataConfig) -> Source:
         own = split.NAMES[split.WORDS[name]]
     described = {
         "dataset": str(data.path),
-        "revision": read.resolved_revision(dataset),
+        "revision": datasets_source.resolved_revision(dataset),
         "fingerprint": str(dataset._fingerprint),
         "rows": len(dataset),
         "split": name,
     }
-    return Source(own, where, lambda columns: read.read_dataset(dataset, where, columns), described)
+    needed = (dataset.info.dataset_size or dataset.data.nbytes) + len(dataset) * _BYTES_A_ROW
+
+    def chunks(columns: dict[str, str]) -> Iterator[Chunk]:
+        return _packed(datasets_source.read_dataset(dataset, where, columns), list(columns))
+
+    return Source(own, where, chunks, described, needed)
 
 
 def _file_source(paths: str | list[str], key: str, name: str | None) -> Source:
-    files = read.expand_files(paths, key)
-    described = []
+    files = expand_files(paths, key)
+    described, needed = [], 0
     for file in files:
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        described.append({"path": str(file), "bytes": file.stat().st_size, "sha256": digest})
-    where = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return Source(name, where, lambda columns: read.read_files(files, columns), {"files": described, "split": name})
+        stat, rows = file.path.stat(), file.num_rows()
+        digest = _digest(file.path, stat.st_size, stat.st_mtime_ns)
+        described.append({"path": str(file.path), "bytes": stat.st_size, "sha256": digest})
+        if file.partition():
+            described[-1]["partition"] = file.partition()
+        # Compressed columns and archives come to some three times their size.
+        packs = rows is not None or file.path.suffix.lower() == ".gz"
+        needed += 3 * stat.st_size + (rows or 0) * _BYTES_A_ROW if packs else 2 * stat.st_size
+    where = str(files[0].path) if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
+    fingerprint = {"files": described, "split": name}
+    return Source(name, where, lambda columns: _file_chunks(files, columns), fingerprint, needed)
+
+
+def _file_chunks(files: list[TableFile], columns: dict[str, str]) -> Iterator[Chunk]:
+    """No chunk spans two files, so that a file that is new, wherever it is sorted in, leaves the others' as they are."""
+    for file in files:
+        yield from _packed(read_files([file], columns), list(columns))
+
+
+def _packed(batches: Iterable[Batch], columns: list[str]) -> Iterator[Chunk]:
+    rows: Batch = []
+    for batch in batches:
+        rows += batch
+        while len(rows) >= CHUNK_ROWS:
+            yield packed(rows[:CHUNK_ROWS], columns)
+            rows = rows[CHUNK_ROWS:]
+    if rows:
+        yield packed(rows, columns)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file, read once in this process unless it changes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

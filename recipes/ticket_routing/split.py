@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from dist_train.errors import DataError
 from recipes.ticket_routing.config import DataConfig
+from recipes.ticket_routing.groups import BLOCK_ROWS, Grouped
 
 TRAIN, VALIDATION, TEST, DROPPED = 0, 1, 2, 3
 NAMES = ("train", "validation", "test")
@@ -18,41 +18,98 @@ WORDS = {"train": TRAIN, "training": TRAIN, "validation": VALIDATION, "valid": V
 WORDS |= {"dev": VALIDATION, "test": TEST, "eval": TEST}
 
 
-def stratified(labels: np.ndarray, groups: np.ndarray, config: DataConfig) -> np.ndarray:
+def stratified(
+    labels: np.ndarray, grouped: Grouped, config: DataConfig, places: np.ndarray | None = None
+) -> np.ndarray:
     """The split of each row: [n] int8. A group goes as a whole, filed under its commonest label.
 
     Within a label the groups come in a random order of `split_seed`, larger ones first among those that would not fit
-    at the end, and each goes where most rows are still wanted.
+    at the end, and each goes where most rows are still wanted. Block after block, so that rows that are appended leave
+    the whole blocks before them as they are: a group that began in an earlier block goes where it went, and what a
+    label lacks is carried on. places: the rows' places in the data, which tell the blocks; by default all of it.
     """
-    generator = np.random.Generator(np.random.Philox(key=config.split_seed))
+    places = np.arange(len(labels)) if places is None else places
     result = np.full(len(labels), TRAIN, dtype=np.int8)
+    went = np.full(int(grouped.then.max(initial=0)) + 1, -1, dtype=np.int8)
+    lacks: dict[int, np.ndarray] = {}
+    for block in range(int(places.max(initial=-1)) // BLOCK_ROWS + 1):
+        rows = slice(*np.searchsorted(places, [block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS]))
+        # Block 0 draws as all of the data did when there were no blocks.
+        generator = np.random.Generator(np.random.Philox(key=config.split_seed + (block << 64)))
+        result[rows] = _deal(labels[rows], grouped.then[rows], went, lacks, config, generator)
+    return result if len(places) <= BLOCK_ROWS else _one_side(result, grouped.groups)
+
+
+def _deal(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    went: np.ndarray,
+    lacks: dict[int, np.ndarray],
+    config: DataConfig,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """The split of one block's rows. went: the split of each group so far, or -1; lacks: rows that each label still
+    wants in each split. Both go on to the next block."""
     shares = np.array([1 - config.validation_share - config.test_share, config.validation_share, config.test_share])
     members, starts = _members(groups)
-    sizes = np.diff(starts)
-    label_of = np.array([np.bincount(labels[members[a:b]]).argmax() for a, b in itertools.pairwise(starts)])
-    for label in np.unique(label_of):
-        own = np.flatnonzero(label_of == label)
+    sizes, names = np.diff(starts), groups[members[starts[:-1]]]
+    label_of = _commonest(labels, members, starts)
+    sides = went[names]
+    known = sides >= 0
+    for label in np.unique(label_of).tolist():
+        every = label_of == label
+        own = np.flatnonzero(every & ~known)
         own = own[generator.permutation(len(own))]
         own = own[np.argsort(-sizes[own], kind="stable")]
-        wanted = shares * sizes[own].sum()
-        for group in own:
-            # The split that lacks the largest part of its share: exact in the long run, whatever the group sizes.
-            split = int(np.argmax(wanted / np.maximum(shares, 1e-9)))
-            result[members[starts[group] : starts[group + 1]]] = split
-            wanted[split] -= sizes[group]
-    # Rows of one size were dealt out in turns; a last shuffle within each label makes the turns random.
-    return _shuffle_singles(result, labels, groups, generator)
-
-
-def _shuffle_singles(
-    split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, generator: np.random.Generator
-) -> np.ndarray:
-    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    single = counts[inverse] == 1
+        wanted = shares * sizes[every].sum() + lacks.get(label, 0.0)
+        wanted -= np.bincount(sides[every & known], weights=sizes[every & known], minlength=len(shares))
+        sides[own], lacks[label] = _deal_label(sizes[own].tolist(), wanted, shares)
+    went[names] = sides
+    result = np.empty(len(labels), dtype=np.int8)
+    result[members] = np.repeat(sides, sizes)
+    # Rows of one size were dealt out in turns; a shuffle of the rows that are alone makes the turns random.
+    single = np.zeros(len(labels), dtype=bool)
+    single[members[starts[:-1]][(sizes == 1) & ~known]] = True
     for label in np.unique(labels):
         own = np.flatnonzero(single & (labels == label))
-        split_of[own] = split_of[own][generator.permutation(len(own))]
-    return split_of
+        result[own] = result[own][generator.permutation(len(own))]
+    went[groups[single]] = result[single]
+    return result
+
+
+def _deal_label(sizes: list[int], wanted: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each group goes to the split that lacks the largest part of its share: exact in the long run, whatever the sizes.
+    Plain numbers, since arrays of three cost ten times as much."""
+    train, validation, test = wanted.tolist()
+    of_train, of_validation, of_test = np.maximum(shares, 1e-9).tolist()
+    sides = np.empty(len(sizes), dtype=np.int8)
+    for index, size in enumerate(sizes):
+        first, second, third = train / of_train, validation / of_validation, test / of_test
+        if first >= second and first >= third:
+            sides[index] = TRAIN
+            train -= size
+        elif second >= third:
+            sides[index] = VALIDATION
+            validation -= size
+        else:
+            sides[index] = TEST
+            test -= size
+    return sides, np.array([train, validation, test])
+
+
+def _commonest(labels: np.ndarray, members: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The commonest label of each group."""
+    result = labels[members[starts[:-1]]]
+    for group in np.flatnonzero(np.diff(starts) > 1).tolist():
+        result[group] = np.bincount(labels[members[starts[group] : starts[group + 1]]]).argmax()
+    return result
+
+
+def _one_side(split_of: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Where a later row has united groups of several splits, all go to the first of these."""
+    first = np.full(int(groups.max(initial=0)) + 1, DROPPED, dtype=np.int8)
+    np.minimum.at(first, groups, split_of)
+    return first[groups]
 
 
 def _members(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +178,7 @@ def by_column(values: Sequence[str | None], rows: Sequence[int], where: str) -> 
     return result
 
 
-def carve(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: DataConfig, missing: int) -> np.ndarray:
+def carve(split_of: np.ndarray, labels: np.ndarray, grouped: Grouped, config: DataConfig, missing: int) -> np.ndarray:
     """A validation or test split out of the training rows, where the user's own split has none."""
     rows = np.flatnonzero(split_of == TRAIN)
     shares = {VALIDATION: config.validation_share, TEST: config.test_share}
@@ -129,7 +186,8 @@ def carve(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray, config: 
     # Dealt out as a validation split in either case.
     part = config.model_copy(update={"validation_share": share, "test_share": 0.0})
     result = split_of.copy()
-    result[rows[stratified(labels[rows], groups[rows], part) == VALIDATION]] = missing
+    chosen = Grouped(grouped.groups[rows], grouped.then[rows])
+    result[rows[stratified(labels[rows], chosen, part, rows) == VALIDATION]] = missing
     return result
 
 
@@ -145,17 +203,20 @@ def drop_later_copies(split_of: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def leak_report(split_of: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     """Counts of near-duplicates, and of those that still lie on both sides of a cut."""
     kept = split_of != DROPPED
-    _, inverse, counts = np.unique(groups[kept], return_inverse=True, return_counts=True)
-    in_group = counts[inverse] > 1
+    counts = np.bincount(groups[kept], minlength=1)
+    # Rows that are alone, which most are, need no further look.
+    rows = np.flatnonzero(kept & (counts[groups] > 1)) if kept.any() else np.zeros(0, dtype=np.int64)
+    several, sides = groups[rows].astype(np.int64), split_of[rows]
     crossing = {}
     for first, second in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
-        shared = np.intersect1d(groups[split_of == first], groups[split_of == second])
+        shared = np.intersect1d(several[sides == first], several[sides == second])
         crossing[f"{NAMES[first]}-{NAMES[second]}"] = len(shared)
-    pairs = np.unique(np.stack([groups[kept], labels[kept].astype(np.int64)]), axis=1)
-    _, labels_in_group = np.unique(pairs[0], return_counts=True)
+    num_labels = int(labels.max(initial=0)) + 1
+    pairs = np.unique(several * num_labels + labels[rows])
+    _, labels_in_group = np.unique(pairs // num_labels, return_counts=True)
     return {
         "near_duplicate_groups": int((counts > 1).sum()),
-        "near_duplicate_rows": int(in_group.sum()),
+        "near_duplicate_rows": len(rows),
         "largest_group": int(counts.max(initial=0)),
         "groups_with_conflicting_labels": int((labels_in_group > 1).sum()),
         "rows_dropped": int((~kept).sum()),

@@ -147,12 +147,11 @@ class Generator:
         return " ".join(words) + draws.pick(("!", ".", " .", "!!"))
 
 
-def generate(config: SyntheticConfig, rows: int, batch_rows: int = 10_000) -> Iterator[list[dict[str, str]]]:
-    """Batches of {"text", "label"}."""
+def generate(config: SyntheticConfig, start: int, stop: int) -> Iterator[tuple[str, str]]:
+    """(text, queue) of the tickets start..stop."""
     generator = Generator(config)
-    for start in range(0, rows, batch_rows):
-        batch = [generator.row(index) for index in range(start, min(start + batch_rows, rows))]
-        yield [{"text": text, "label": queue} for text, queue in batch]
+    for index in range(start, stop):
+        yield generator.row(index)
 
 
 def _queue_name(index: int) -> str:

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_train.errors import ConfigError, DataError, UnsafeInputError
+from dist_train.prepared import load_facts
 from dist_train.records import check_record
 from dist_train.task import Batch, ListedRows
 from recipes.ticket_routing import score
+from recipes.ticket_routing.chunks import join_text
 from recipes.ticket_routing.config import Config, ModelConfig
-from recipes.ticket_routing.data import join_text, load_facts, read_split
 from recipes.ticket_routing.model import LSTMEncoder, PretrainedEncoder, TicketClassifier, TransformerEncoder
+from recipes.ticket_routing.stored import StoredSplit
 
 MODEL_TYPE = "dist_train_ticket_routing"
 
@@ -31,29 +33,17 @@ def make_task(config: Config, prepared: Path) -> TicketTask:
 
 
 class TicketRows:
-    """One split, its token ids read from the memory map."""
+    """One split, its token ids read from the memory maps."""
 
-    def __init__(self, table: pa.Table, class_weight: np.ndarray) -> None:
-        tokens = table["input_ids"]
-        self.ids = table["row"].to_numpy()
-        self.labels = table["label"].to_numpy().astype(np.int64)
-        self.weights = class_weight[self.labels]
-        # Views of each record batch's memory, not copies; a row is found by its batch and the offsets there.
-        self._values = [chunk.values.to_numpy() for chunk in tokens.chunks]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in tokens.chunks]
-        sizes = [len(chunk) for chunk in tokens.chunks]
-        self._chunk_starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        lengths = [np.diff(offsets) for offsets in self._offsets]
-        self.lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int32)
+    def __init__(self, stored: StoredSplit, class_weight: np.ndarray) -> None:
+        self._stored = stored
+        self.ids = stored.rows
+        self.labels = stored.labels
+        self.lengths = stored.lengths
+        self.weights = class_weight[stored.labels]
 
     def take(self, indices: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        return [(self._tokens(int(index)), int(self.labels[index])) for index in indices]
-
-    def _tokens(self, index: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self._chunk_starts, index, side="right")) - 1
-        offsets = self._offsets[chunk]
-        local = index - self._chunk_starts[chunk]
-        return self._values[chunk][offsets[local] : offsets[local + 1]]
+        return [(self._stored.tokens(int(index)), int(self.labels[index])) for index in indices]
 
 
 class TicketTask:
@@ -85,7 +75,7 @@ class TicketTask:
         return _own_encoder(model, self.vocabulary, data.max_tokens, len(self.labels))
 
     def rows(self, split: str) -> TicketRows:
-        return TicketRows(read_split(self.prepared, split), self._class_weight)
+        return TicketRows(StoredSplit(self.prepared, split), self._class_weight)
 
     def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
         longest = max(len(tokens) for tokens, _ in rows)
@@ -105,13 +95,13 @@ class TicketTask:
         return self.collate([(np.ones(length, dtype=np.int64), 0)] * rows, np.zeros(rows, dtype=np.uint64))
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
-        return score.prediction_table(read_split(self.prepared, split), outputs["probability"], self.labels)
+        return score.prediction_table(StoredSplit(self.prepared, split).table(), outputs["probability"], self.labels)
 
     def encode(self, records: list[dict[str, Any]]) -> ListedRows:
         names = self.config.data.text_columns
         for record in records:
             check_record(record, names)
-        encoded = self._tokenizer().encode_batch_fast([join_text(record, names) for record in records])
+        encoded = self._tokenizer().encode_batch_fast([join_text(record[name] for name in names) for record in records])
         tokens = [np.array(encoding.ids or [1], dtype=np.int64) for encoding in encoded]
         lengths = np.array([len(row) for row in tokens], dtype=np.int64)
         return ListedRows([(row, 0) for row in tokens], lengths)

@@ -44,7 +44,11 @@ def describe_ready(config: Config) -> list[str | None] | None:
     files = [Path(ready) / name for name in _FILES]
     if not files[0].is_file():
         return [ready, config.model.revision]
-    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]
+    return [file_hash(file) if file.is_file() else None for file in files]
+
+
+def file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Any:

@@ -32,7 +32,7 @@ from dist_train.model_profile import (
     store_profile,
 )
 from dist_train.recipe import load_recipe
-from dist_train.task import Batch, Task, example_batch
+from dist_train.task import Batch, Task
 
 # Rows at which the peaks are measured: with few rows copies of weights rule, with many the activations do.
 _FAKE_ROWS = (1, 4, 32)
@@ -170,7 +170,7 @@ def _measure(
 
     def batch(count: int, length: int) -> Batch:
         with torch.utils._python_dispatch._disable_current_modes():
-            made = example_batch(task, count, length)
+            made = task.example_batch(count, length)
             made["weight"] = torch.ones(count)
         return made if mode is None else {name: mode.from_tensor(tensor) for name, tensor in made.items()}
 
@@ -260,7 +260,7 @@ def _length_points(shortest: int, longest: int) -> tuple[int, ...]:
 
 def measure_for(config: RunConfig, prepared: Path, out: Path, precision: str) -> None:
     """Measure the model of `config` and keep the profile in `out`. UnmeasuredError when it cannot be."""
-    task = load_recipe(config.recipe).task.make_task(config, prepared)
+    task = load_recipe(config.recipe).make_task(config, prepared)
     lengths = task.rows("train").lengths
     span = (int(lengths.min()), int(lengths.max()))
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from dist_train import config_io
+from dist_train import config_io, prepared
 from dist_train.config import RunConfig
 from dist_train.contradictions import Settings
 from dist_train.direct_start import RefusedError, joined
@@ -32,10 +31,8 @@ from dist_train.start_run import (
     write_attempt,
 )
 from dist_train.stop import StopFlag
-from dist_train.task import check_task
+from dist_train.task import facts_of_rows, with_defaults
 from dist_train.worker import Attempt, train_task
-
-_SPLITS = ("train", "validation", "test")
 
 
 def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False) -> RunDir:
@@ -50,7 +47,7 @@ def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False)
     """
     settle_rank_variables()
     module = sys.modules[type(task).__module__]
-    check_task(task, module.__name__)
+    task = with_defaults(task, module.__name__)
     scored = read_score(score or getattr(task, "score", None) or module, module.__name__)
     stop, rank = StopFlag(), int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as held:
@@ -78,7 +75,8 @@ def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStac
     directory = RunDir(config.output_dir / str(config.name)) if resume else free_directory(config)
     if not resume:
         check_output(directory)
-    facts = _facts(task)
+    found = facts_of_rows(task)
+    facts = prepared.completed(found, found["rows_fingerprint"]) | {"folder": str(getattr(task, "prepared", ""))}
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], number_of_ranks())
     start = Start(directory, config, plan, hardware, Settings(config_io.flatten(config), {}))
@@ -90,14 +88,3 @@ def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStac
     write_attempt(start, "run_started", f"# attempt {{attempt}}, dist_train.train(...) in {Path.cwd()}\n")
     print_plan(directory, plan)
     return start
-
-
-def _facts(task: Any) -> dict[str, Any]:
-    """What is known of rows that no preparation has looked at: how many, and a fingerprint of ids, lengths, weights."""
-    digest, splits = hashlib.sha256(), {}
-    for name in _SPLITS:
-        rows = task.rows(name)
-        splits[name] = {"rows": len(rows.ids)}
-        for values in (rows.ids, rows.lengths, rows.weights):
-            digest.update(values.tobytes())
-    return {"fingerprint": digest.hexdigest(), "folder": str(getattr(task, "prepared", "")), "splits": splits}

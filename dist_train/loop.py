@@ -30,7 +30,7 @@ from dist_train.rundir import RunDir
 from dist_train.save import Saver
 from dist_train.score import Score, is_of_group
 from dist_train.stop import StopFlag
-from dist_train.task import Batch, Rows, Task, example_batch
+from dist_train.task import Batch, Rows, Task
 from dist_train.track import Tracker
 
 # Steps in a row with a gradient that is not finite after which the run gives up.
@@ -259,7 +259,7 @@ def probe_largest(training: Training, rows: Rows) -> None:
     largest = [max(shapes, key=lambda shape: shape[0] * shape[1]) for shapes in (first, later) if shapes]
     batches = []
     for count, length in largest:
-        batch = example_batch(training.task, count, length)
+        batch = training.task.example_batch(count, length)
         batch["weight"] = torch.ones(count)
         batches.append(engine.to_device(batch))
     try:

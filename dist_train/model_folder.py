@@ -91,6 +91,5 @@ def load_model_folder(folder: Path) -> LoadedModel:
             f"{folder} was written by a newer version (format {record['format']}, this one reads {FORMAT})."
         )
     config = load(str(folder / "recipe.yaml"), site=False).config
-    recipe = load_recipe(config.recipe)
-    task = recipe.task.make_task(config, folder)
+    task = load_recipe(config.recipe).make_task(config, folder)
     return LoadedModel(task, read_model(folder, task).eval(), config, record)

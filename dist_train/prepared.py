@@ -18,8 +18,6 @@ from dist_train.errors import DataError, StorageError
 from dist_train.rundir import fsync_folder, json_text, unwritable
 
 FACTS = "facts.json"
-# Facts that a report shows and a recipe may leave out.
-_UNSAID: dict[str, Any] = {"split": {"method": "the recipe's own", "seed": None}, "leaks": {}, "warnings": []}
 Say = Callable[[str], None]
 """Shows the user one line."""
 
@@ -46,15 +44,30 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
                 try:
                     temporary.mkdir()
-                    facts = recipe.data.build(config, temporary, say)
-                    counted = sum(split["rows"] for split in facts["splits"].values())
-                    commit(temporary, folder, {"fingerprint": key, "rows": counted, **_UNSAID, **facts})
+                    commit(temporary, folder, completed(_build(config, recipe, temporary, say), key))
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
                 say(f"data           prepared: {folder}")
     except OSError as error:
         raise unwritable(folder, error, "data.cache_dir") from error
     return folder
+
+
+def _build(config: Any, recipe: Any, folder: Path, say: Say) -> dict[str, Any]:
+    if hasattr(recipe.data, "build"):
+        facts: dict[str, Any] = recipe.data.build(config, folder, say)
+        return facts
+    # Nothing to prepare: the task reads its data itself.
+    from dist_train.task import facts_of_rows
+
+    return facts_of_rows(recipe.make_task(config, folder))
+
+
+def completed(facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """Facts with what a report shows and a recipe may leave out."""
+    rows = sum(split["rows"] for split in facts["splits"].values())
+    unsaid = {"split": {"method": "the recipe's own", "seed": None}, "leaks": {}, "warnings": []}
+    return {"fingerprint": fingerprint, "rows": rows, **unsaid, **facts}
 
 
 def describe(config: Any, module: Any) -> dict[str, Any]:

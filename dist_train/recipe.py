@@ -26,9 +26,9 @@ ENTRY_POINTS = "dist_train.recipes"
 _SUFFIXES = (".yaml", ".yml")
 _PARTS = {
     "config": ("Config",),
-    "data": ("build",),
+    "data": (),
     "score": ("METRIC", "measure"),
-    "task": ("make_task",),
+    "task": (),
     "starter": ("write_starter",),
 }
 
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def data(self) -> Any:
-        """data.py, with `build` and, if need be, `describe` (see prepared.py)."""
+        """data.py, with `build` and, if need be, `describe`, `lengths` and `misfit` (see prepared.py)."""
         return self._part("data")
 
     @property
@@ -67,10 +67,13 @@ class Recipe:
         """score.py, with `METRIC` and `measure` (see score.py here)."""
         return read_score(self._part("score"), str(self._file("score")))
 
-    @property
-    def task(self) -> Any:
-        """task.py, with `make_task`. Imports torch."""
-        return self._part("task")
+    def make_task(self, config: Any, prepared: Path) -> Any:
+        """The task of this config over a prepared folder, or over a model folder. Imports torch."""
+        from dist_train.task import with_defaults
+
+        module = self._part("task")
+        made = module.make_task(config, prepared) if hasattr(module, "make_task") else module
+        return with_defaults(made, str(self.folder))
 
     @property
     def starter(self) -> Any:
@@ -170,8 +173,10 @@ def load_recipe(key: str) -> Recipe:
 
 
 def _needs() -> str:
-    parts = [f"{part}.py with {' and '.join(names)}" for part, names in _PARTS.items() if part != "starter"]
-    return "; ".join(parts) + (" (a part without a file of its own is looked up in task.py)")
+    return (
+        "config.py with Config, score.py with METRIC and measure, task.py with make_task or with build_model and rows, "
+        "and data.py with build where data is prepared; a part without a file of its own is looked up in task.py"
+    )
 
 
 def _named_folders() -> dict[str, Path]:

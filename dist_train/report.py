@@ -116,7 +116,7 @@ def show_interval(entry: Mapping[str, Any], signed: bool = False) -> str:
 
 def measure_models(models: Mapping[str, pa.Table], score: Score, samples: int) -> dict[str, Any]:
     """Values with intervals of each model of one split; every model meets the same draws, so differences are paired."""
-    measures = {name: score.measure(table) for name, table in models.items()}
+    measures = {name: score.values(table) for name, table in models.items()}
     rows = models["model"].num_rows
     points = {name: values(np.ones(rows)) for name, values in measures.items()}
     drawn: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in points[name]} for name in models}

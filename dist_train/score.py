@@ -51,9 +51,14 @@ class Score:
     figures: Callable[[Mapping[str, pa.Table], Mapping[str, Any]], list[dict[str, str]]] = lambda tables, groups: []
     """[figures] The report's own figures, from the test predictions of model and baselines: title, caption, image."""
 
+    def values(self, table: pa.Table) -> Values:
+        """`measure` of the table, its values as plain numbers."""
+        weighed = self.measure(table)
+        return lambda weights: {name: float(value) for name, value in weighed(weights).items()}
+
     def point(self, table: pa.Table) -> dict[str, float]:
         """Every metric with each row counted once."""
-        return self.measure(table)(np.ones(table.num_rows))
+        return self.values(table)(np.ones(table.num_rows))
 
     def sign(self, metric: str) -> float:
         """1 where higher is better, else -1."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from dist_train.errors import ConfigError
 
@@ -49,7 +52,7 @@ class ListedRows:
 
 
 class Task(Protocol):
-    """What `make_task(config, prepared)` of a recipe's task.py returns.
+    """What `make_task(config, prepared)` of a recipe's task.py returns; task.py itself where it has no make_task.
 
     The module of `build_model` has one forward(batch). In training it returns the loss SUM over the batch's rows, each
     multiplied by batch["weight"] (see `weighted_sum`); in evaluation a dict of tensors whose first axis is the rows.
@@ -58,16 +61,14 @@ class Task(Protocol):
     `prepared` is the folder that the recipe's data.py filled; in prediction it is the model folder, which has its
     facts.json and what `save_model` wrote, and no splits.
 
-    A task may have more; each is asked for only where it is needed:
+    `build_model` and `rows` are needed, the others have defaults (see `with_defaults`). A task may have more; each is
+    asked for only where it is needed:
 
     encode(records: list[dict[str, Any]]) -> Rows
         New data, each record a row of the user's file, in the same order. For predictions.
     answers(outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table
         What a user reads of the module's outputs, one line a row. decision: what score.py's `calibrate` made of the
         validation split. For predictions.
-    example_batch(rows: int, length: int) -> Batch
-        A batch of this many rows, each of this length (see `Rows.lengths`), for measuring memory; its values do not
-        matter. Without "weight", as `collate` leaves it. Else training rows of the nearest length are taken.
     save_model(model: nn.Module, folder: Path) -> None, and load_model(folder: Path) -> nn.Module
         The model in a form of its own, and from that folder alone. Else its state in model.safetensors, and
         `build_model` to read it.
@@ -82,35 +83,83 @@ class Task(Protocol):
         ...
 
     def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
-        """Stack rows into tensors. Augmentation draws from the per-row `seeds` alone."""
+        """Stack rows into tensors. Augmentation draws from the per-row `seeds` alone. Default: torch's own."""
         ...
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         """The table kept for a split: one line a row, in the order of the split's rows, as are the outputs. With the
-        column `row` (the rows' ids) and what the recipe's score.py needs."""
+        column `row` that names the rows, and what the recipe's score.py needs. Default: ids and outputs."""
+        ...
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        """A batch of this many rows, each of this length (see `Rows.lengths`), for measuring memory; its values do not
+        matter. Without "weight", as `collate` leaves it. Default: the training row whose length is nearest."""
         ...
 
 
-_REQUIRED = ("build_model", "rows", "collate", "predictions")
+def with_defaults(task: Any, where: str) -> Task:
+    """The task with what it leaves out. ConfigError for what it must have and has not.
 
-
-def check_task(task: Any, where: str) -> None:
-    """ConfigError for what a task must have and has not."""
-    missing = [name for name in _REQUIRED if not callable(getattr(task, name, None))]
+    where: the recipe, for the message.
+    """
+    missing = [name for name in ("build_model", "rows") if not callable(getattr(task, name, None))]
     if missing:
         raise ConfigError(
-            f"the task of {where} ({type(task).__name__}) has no {', no '.join(missing)}: a task needs "
-            f"{', '.join(_REQUIRED)} (dist_train/task.py says what each returns)."
+            f"the task of {where} has no {' and no '.join(missing)}. A task needs build_model() and rows(split), and "
+            "may have what dist_train/task.py lists; it is what make_task(config, prepared) of task.py returns, or "
+            "task.py itself."
         )
+    return _WithDefaults(task)
 
 
-def example_batch(task: Any, rows: int, length: int) -> Batch:
-    """A batch for measuring memory: the task's own, or of the training row whose length is nearest."""
-    if hasattr(task, "example_batch"):
-        return task.example_batch(rows, length)
+class _WithDefaults:
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(self._task, name):
+            return getattr(self._task, name)
+        if name not in _DEFAULTS:
+            raise AttributeError(name)
+        return functools.partial(_DEFAULTS[name], self)
+
+
+def _collate(task: Task, rows: list[Any], seeds: np.ndarray) -> Batch:
+    batch: Batch = default_collate(rows)
+    return batch
+
+
+def _predictions(task: Task, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
+    columns: dict[str, Any] = {"row": task.rows(split).ids}
+    for name, values in outputs.items():
+        flat = pa.array(values.reshape(-1))
+        columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values[0].size)
+    return pa.table(columns)
+
+
+def _example_batch(task: Task, rows: int, length: int) -> Batch:
     train = task.rows("train")
     nearest = int(np.abs(np.asarray(train.lengths) - length).argmin())
     return task.collate(train.take(np.full(rows, nearest)), np.zeros(rows, dtype=np.uint64))
+
+
+_DEFAULTS: dict[str, Callable[..., Any]] = {
+    "collate": _collate,
+    "predictions": _predictions,
+    "example_batch": _example_batch,
+}
+
+
+def facts_of_rows(task: Task) -> dict[str, Any]:
+    """What is known of splits that no preparation has looked at: their rows, and a fingerprint of the rows' ids,
+    lengths and weights."""
+    digest, splits = hashlib.sha256(), {}
+    for name in ("train", "validation", "test"):
+        rows = task.rows(name)
+        splits[name] = {"rows": len(rows.ids)}
+        for values in (rows.ids, rows.lengths, rows.weights):
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return {"splits": splits, "rows_fingerprint": digest.hexdigest()}
 
 
 def weighted_sum(loss_per_row: Tensor, weight: Tensor) -> Tensor:

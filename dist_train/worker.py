@@ -84,14 +84,12 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     from dist_train.config_io import load_run_config
     from dist_train.plan import LaunchPlan
     from dist_train.recipe import load_recipe
-    from dist_train.task import check_task
 
     config = load_run_config(run)
     recipe = load_recipe(config.recipe)
     plan = LaunchPlan.from_json(json.loads(run.plan.read_text()))
     settle_environment(plan.device, plan.strategy, plan.deterministic)
-    task = recipe.task.make_task(config, Path(json.loads(run.data_facts.read_text())["folder"]))
-    check_task(task, recipe.name)
+    task = recipe.make_task(config, Path(json.loads(run.data_facts.read_text())["folder"]))
     rank = Attempt(run, attempt, config, plan, stop, heartbeat)
     train_task(rank, task, recipe.score, recipe.folder, arguments, recipe)
 

@@ -145,7 +145,9 @@ def _batched(rows: Iterable[dict[str, Any]]) -> Iterator[Batch]:
         yield batch
 
 
-def _read_csv(file: Path, stream: IO[str], delimiter: str, columns: Mapping[str, str] | None) -> Iterator[dict[str, Any]]:
+def _read_csv(
+    file: Path, stream: IO[str], delimiter: str, columns: Mapping[str, str] | None
+) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(_MOST_CHARACTERS)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:

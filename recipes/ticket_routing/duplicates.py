@@ -81,7 +81,9 @@ def _sign_part(texts: Sequence[str]) -> Signatures:
         np.array([_hash(text or raw) for text, raw in zip(normal, texts, strict=True)], dtype=np.uint64),
     )
     vocabulary: dict[str, int] = {}
-    flat = np.asarray([vocabulary.setdefault(word, len(vocabulary)) for words in sets for word in words], dtype=np.int64)
+    flat = np.asarray(
+        [vocabulary.setdefault(word, len(vocabulary)) for words in sets for word in words], dtype=np.int64
+    )
     if len(flat) == 0:
         return result
     filled = np.flatnonzero(sizes)

@@ -125,6 +125,19 @@ def plan(recipe: str, settings: tuple[str, ...], gpu_memory: str | None, **flags
     show_plan(recipe, _all_settings(settings, flags), gpu_memory)
 
 
+@cli.command(short_help="Prepare a recipe's data, without GPUs.")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
+def prepare(recipe: str, settings: tuple[str, ...]) -> None:
+    """Read, validate, split and tokenise the data of RECIPE into the cache folder, where later runs find it.
+
+    Stopped or killed, it goes on where it was when it is typed again. Of data that has grown only what is new is read.
+    """
+    from launcher.prepare import prepare_recipe
+
+    prepare_recipe(recipe, list(settings))
+
+
 @cli.command(short_help="Check that every strategy trains a recipe alike.")
 @click.argument("recipe", shell_complete=complete.recipes)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)

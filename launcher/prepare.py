@@ -1,0 +1,53 @@
+"""dist-train prepare: all that comes before the GPUs, on CPUs: read, validate, split, tokenise. Later runs find it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from dist_train import config_io
+from dist_train.recipe import load_recipe
+from dist_train.start_run import check_metric, prepare_data
+
+
+def prepare_recipe(recipe_name: str, overrides: list[str]) -> None:
+    """Prepare the recipe's data, print what it holds and what to type next."""
+    config = config_io.load(recipe_name, overrides).config
+    recipe = load_recipe(config.recipe)
+    check_metric(config, recipe)
+    facts = prepare_data(config, recipe)
+    for name, text in _lines(facts):
+        print(f"{name:<15}{text}")
+    print(f"next           {shlex.join(['dist-train', 'run', recipe_name, *overrides])}")
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is worth knowing of prepared data; a recipe need not know all of it."""
+    lines = []
+    if "rows" in facts:
+        labels = f", {len(facts['labels'])} labels" if "labels" in facts else ""
+        lines.append(("rows", f"{facts['rows']}{labels}"))
+    splits = ", ".join(f"{name} {split['rows']}" for name, split in facts["splits"].items())
+    method = f" ({facts['split']['method']})" if "split" in facts else ""
+    lines.append(("splits", splits + method))
+    if "labels" in facts:
+        training = facts["splits"]["train"]["labels"]
+        ordered = sorted(training.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{label} {count}" for label, count in ordered[:10])
+        lines.append(("labels", f"in training: {shown}{' …' if len(ordered) > 10 else ''}"))
+    if "leaks" in facts:
+        leaks = facts["leaks"]
+        lines.append(
+            (
+                "duplicates",
+                f"{leaks['exact_duplicates']} copies; {leaks['near_duplicate_rows']} rows in "
+                f"{leaks['near_duplicate_groups']} groups of near-duplicates, the largest of {leaks['largest_group']}; "
+                f"{sum(leaks['groups_crossing'].values())} groups cross a split, {leaks['rows_dropped']} rows dropped",
+            )
+        )
+    if "lengths" in facts:
+        lines.append(("lengths", ", ".join(f"{name} {value:g}" for name, value in facts["lengths"].items())))
+    if "vocabulary" in facts:
+        lines.append(("vocabulary", str(facts["vocabulary"])))
+    lines += [("warning", warning) for warning in facts.get("warnings", [])]
+    return [*lines, ("folder", facts["folder"])]

@@ -79,6 +79,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     from dist_train.bandwidth import write_bandwidth
     from dist_train.config_io import load_run_config, result_fingerprint
     from dist_train.finish import finish
+    from dist_train.hub import settle_offline
     from dist_train.loop import train
     from dist_train.memory_record import write_memory_record
     from dist_train.parity import record
@@ -89,6 +90,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     accepted = {word.removeprefix("--accept=") for word in arguments if word.startswith("--accept=")}
     evaluate = next((word.removeprefix("--evaluate=") for word in arguments if word.startswith("--evaluate=")), None)
     config = load_run_config(run)
+    settle_offline(config.data)
     recipe = load_recipe(config.recipe)
     plan = LaunchPlan.from_json(json.loads(run.plan.read_text()))
     settle_environment(plan.device, plan.strategy, plan.deterministic)

@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.config import CachedData
 from dist_train.errors import DataError
 from dist_train.rundir import fsync_folder, json_text, unwritable
 from recipes.ticket_routing import split
 from recipes.ticket_routing.config import Config, DataConfig
 from recipes.ticket_routing.duplicates import group_near_duplicates, normalise
+from recipes.ticket_routing.hub import pins as pins
+from recipes.ticket_routing.hub import pretrained_facts
 from recipes.ticket_routing.sources import Source, find_sources
 from recipes.ticket_routing.tokens import describe_ready, make_tokenizer
 
@@ -107,9 +110,8 @@ def _fingerprint(config: Config, sources: list[Source]) -> str:
         | {"files": [file["sha256"] for file in source.fingerprint.get("files", [])]}
         for source in sources
     ]
-    keys = config.data.model_dump(
-        mode="json", exclude={"path", "validation_path", "test_path", "cache_dir", "rows", "synthetic"}
-    )
+    elsewhere = {"path", "validation_path", "test_path", "rows", "synthetic", "tokenizer", "tokenizer_revision"}
+    keys = config.data.model_dump(mode="json", exclude=elsewhere | set(CachedData.model_fields))
     described = {"version": VERSION, "content": content, "keys": keys, "pretrained": config.model.pretrained}
     tokenizer = describe_ready(config)
     if tokenizer is not None:
@@ -154,6 +156,7 @@ def _build(config: Config, sources: list[Source], key: str, folder: Path, report
             "lengths": _describe_lengths(lengths, config.data.max_tokens),
             "vocabulary": tokenizer.get_vocab_size(),
             "warnings": warnings,
+            **pretrained_facts(config, folder),
         }
         (temporary / "facts.json").write_text(json_text(facts), encoding="utf-8")
         _make_durable(temporary)

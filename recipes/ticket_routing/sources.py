@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_train.errors import ConfigError, DataError
+from dist_train.hub import is_offline
 from recipes.ticket_routing import read, split, synthetic
 from recipes.ticket_routing.config import DataConfig
 
@@ -57,7 +58,7 @@ def _whole_sources(data: DataConfig) -> list[Source] | None:
     if data.path == "synthetic":
         described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
         return [Source(None, "synthetic", lambda columns: _generated(data, columns), described)]
-    splits = read.open_dataset(data.path, data.revision) if isinstance(data.path, str) else None
+    splits = read.open_dataset(data.path, data.revision, is_offline(data)) if isinstance(data.path, str) else None
     if splits is None:
         return None
     # A lone split, most often "train", is no split: the toolkit makes one.

@@ -86,6 +86,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     from dist_train.plan import LaunchPlan
     from dist_train.recipe import load_recipe
     from dist_train.resume import build_training, code_fingerprint, restore
+    from dist_train.stage import staged_folder
 
     accepted = {word.removeprefix("--accept=") for word in arguments if word.startswith("--accept=")}
     evaluate = next((word.removeprefix("--evaluate=") for word in arguments if word.startswith("--evaluate=")), None)
@@ -100,7 +101,9 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
         "data": facts["fingerprint"],
         "config": result_fingerprint(config),
     }
-    task = recipe.task.make_task(config, Path(facts["folder"]))
+    stage_to = getattr(config.data, "stage_to", None)
+    folder = Path(facts["folder"]) if stage_to is None else staged_folder(run, attempt, facts, stage_to)
+    task = recipe.task.make_task(config, folder)
     training = build_training(run, config, plan, task, attempt, fingerprints, stop, heartbeat)
     try:
         if "--bandwidth" in arguments:

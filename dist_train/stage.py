@@ -15,12 +15,14 @@ from typing import Any
 from dist_train.config_io import recorded_sources
 from dist_train.errors import CrashError, StorageError, error_for_code
 from dist_train.events import log_event, read_lines
-from dist_train.rundir import RunDir, fsync_folder, unwritable
+from dist_train.rundir import RunDir, fsync_folder, read_json, unwritable, write_json
 
 _POLL_S = 0.1
 _BLOCK = 1 << 20
 # They say what a folder's content is: a staged copy with others is of something else.
-_RECORDS = ("facts.json", "fetched.json")
+_SOURCE_RECORDS = ("facts.json", "fetched.json")
+# Size and hash of each file that was copied. The source may gain files later, a report's baselines for example.
+_RECORD = "staged.json"
 
 
 def staged_folder(run: RunDir, attempt: int, facts: dict[str, Any], to: Path) -> Path:
@@ -70,14 +72,17 @@ def _copy(source: Path, target: Path) -> None:
     """Into a folder beside, each file read back and compared by its hash; then one rename."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left; we hold the lock
+    copied: dict[str, dict[str, Any]] = {}
     try:
-        for name in _sizes(source):
+        for name, size in _sizes(source).items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            if _copy_file(source / name, temporary / name) != _sha256(temporary / name):
+            copied[name] = {"bytes": size, "sha256": _copy_file(source / name, temporary / name)}
+            if copied[name]["sha256"] != _sha256(temporary / name):
                 raise StorageError(
                     f"{target / name} is not what was written: the disk behind data.stage_to is damaged. Choose "
                     "another one, or set data.stage_to to null."
                 )
+        write_json(temporary / _RECORD, copied)
         shutil.rmtree(target, ignore_errors=True)  # of other content
         os.rename(temporary, target)
         fsync_folder(target.parent)
@@ -103,11 +108,16 @@ def _sha256(path: Path) -> str:
 
 
 def _is_copy(source: Path, target: Path) -> bool:
-    """Whether `target` is a whole copy: the same files of the same sizes, and the same record of what is in them."""
-    if not target.is_dir() or _sizes(source) != _sizes(target):
+    """Whether `target` is a whole copy: of this very content, and each file of the size that was copied."""
+    try:
+        copied = read_json(target / _RECORD)
+        return all((target / name).stat().st_size == described["bytes"] for name, described in copied.items()) and all(
+            (source / name).read_bytes() == (target / name).read_bytes()
+            for name in _SOURCE_RECORDS
+            if (source / name).is_file()
+        )
+    except (OSError, StorageError):
         return False
-    records = [name for name in _RECORDS if (source / name).is_file()]
-    return all((source / name).read_bytes() == (target / name).read_bytes() for name in records)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -123,8 +133,8 @@ def _check_room(run: RunDir, to: Path, needed: int) -> None:
     where = recorded_sources(run).get("data.stage_to")
     raise StorageError(
         f"data.stage_to is {to}, which has {free / 2**20:.1f} MiB free on {os.uname().nodename}, but the copy needs "
-        f"{needed / 2**20:.1f} MiB: free some space, choose another disk, or set data.stage_to to null, which reads the "
-        f"data where it was prepared.{f' Set in: {where}.' if where else ''}"
+        f"{needed / 2**20:.1f} MiB: free some space, choose another disk, or set data.stage_to to null, which reads "
+        f"the data where it was prepared.{f' Set in: {where}.' if where else ''}"
     )
 
 

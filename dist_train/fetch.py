@@ -7,6 +7,7 @@ fetched.json lists size and hash of every file. What needs no network asks for n
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import os
 import re
@@ -254,7 +255,13 @@ def _verify(path: Path, file: _Remote) -> str | None:
 
 def _hashes(path: Path) -> tuple[str, str]:
     """sha256 of the content, and git's id of it as a blob."""
-    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    state = path.stat()
+    return _read_hashes(path, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache(maxsize=256)  # a preparation looks at the same files several times
+def _read_hashes(path: Path, size: int, modified: int, inode: int) -> tuple[str, str]:
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
             sha256.update(block)

@@ -5,6 +5,7 @@ A recipe subclasses RunConfig and narrows `data`, `model` and `task` to its own 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +37,27 @@ class Section(BaseModel):
     """A config section: immutable, unknown keys refused, each field documented by the string below it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class CachedData(Section):
+    """The keys of `data` that say where prepared data lies and may be looked for: a recipe's own data section builds on
+    it. None of them changes what the data is: `model_dump(exclude=set(CachedData.model_fields))` leaves them out."""
+
+    cache_dir: Path = path_field(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dist-train")
+    """Folder of prepared data and hub downloads, keyed by content; by default below XDG_CACHE_HOME, else ~/.cache."""
+    stage_to: Path | None = path_field(None)
+    """Node-local disk: one rank of each node copies the prepared data there and all read that; null: no copy."""
+    offline: Flag = False
+    """Ask nothing of the hub: what was not downloaded before is named. HF_HUB_OFFLINE=1 does the same."""
+
+    @model_validator(mode="after")
+    def _staged_elsewhere(self) -> Self:
+        if self.stage_to is not None and self.stage_to.absolute() == self.cache_dir.absolute():
+            raise ValueError(
+                f"data.stage_to is {self.stage_to}, which is data.cache_dir itself: name a folder on the node's own "
+                "disk, or set data.stage_to to null"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -185,7 +207,7 @@ class RunConfig(Section):
     """Seed of weights, sample order, augmentation and dropout."""
     output_dir: Path = path_field(Path("runs"))
     """Folder that holds the run directories."""
-    data: Section = Section()
+    data: CachedData = CachedData()
     """Where the data comes from and how it is split (the recipe's own keys)."""
     model: Section = Section()
     """The model (the recipe's own keys)."""

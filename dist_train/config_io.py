@@ -39,6 +39,8 @@ RESUMABLE = (
     "train.deterministic",
     "eval.batch_size",
     "data.cache_dir",
+    "data.stage_to",
+    "data.offline",
 )
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_train.config import CachedData
 from dist_train.errors import DataError, StorageError
 from dist_train.rundir import fsync_folder, json_text, unwritable
 
@@ -74,19 +75,13 @@ def describe(config: Any, module: Any) -> dict[str, Any]:
     """What a recipe's prepared data depends on, where the recipe does not say: the values of its `data` section, the
     content of the files that they name, and the code that prepares them."""
     values: dict[str, Any] = {}
-    for key, value in config.data.model_dump(mode="json").items():
+    for key, value in config.data.model_dump(mode="json", exclude=set(CachedData.model_fields)).items():
         extra = type(config.data).model_fields[key].json_schema_extra
         if isinstance(extra, dict) and extra.get("format") == "path" and value is not None:
-            values[key] = (
-                None if key in ("cache_dir", "stage_to") else [_content(Path(path)) for path in _listed(value)]
-            )
+            values[key] = [_content(Path(path)) for path in (value if isinstance(value, list) else [value])]
         else:
             values[key] = value
     return {"values": values, "code": _content(Path(module.__file__))}
-
-
-def _listed(value: Any) -> list[str]:
-    return value if isinstance(value, list) else [value]
 
 
 def _content(path: Path) -> Any:
@@ -100,9 +95,8 @@ def _content(path: Path) -> Any:
 
 
 def cache_folder(config: Any) -> Path:
-    """data.cache_dir where the recipe has that key, else the default place."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dist-train"
-    return Path(getattr(config.data, "cache_dir", None) or default)
+    """data.cache_dir, else, where a recipe has no such key, the default place."""
+    return Path(getattr(config.data, "cache_dir", CachedData().cache_dir)).expanduser()
 
 
 def commit(temporary: Path, folder: Path, facts: dict[str, Any]) -> None:

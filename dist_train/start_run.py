@@ -25,6 +25,7 @@ from dist_train.deepspeed_config import deepspeed_config
 from dist_train.errors import ConfigError, DataError, StorageError, UnmeasuredError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
+from dist_train.hub import settle_offline
 from dist_train.memory_facts import Measure, model_facts
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import Recipe, load_recipe
@@ -77,11 +78,12 @@ def new_run(
     their number, and what that decides. measure: how a model is measured for its memory.
     """
     loaded = adapt(config_io.load(recipe_name, overrides))
-    config = loaded.config
-    directory = free_directory(config)
+    directory = free_directory(loaded.config)
     check_output(directory)
-    recipe = load_recipe(config.recipe)
-    check_metric(config, recipe)
+    recipe = load_recipe(loaded.config.recipe)
+    check_metric(loaded.config, recipe)
+    loaded = pinned(loaded, recipe)
+    config = loaded.config
     facts = prepare_data(config, recipe)
     start = _planned(directory, config, loaded.sources, facts, world_size, measure)
     check(start)
@@ -211,8 +213,26 @@ def check_output(run: RunDir) -> None:
         )
 
 
+def pinned(loaded: Loaded, recipe: Recipe) -> Loaded:
+    """The config with the hub names in it pinned to the commits that they stand for now, which are fetched: whoever
+    repeats or resumes the run gets the same files, and needs no network for them."""
+    settle_offline(loaded.config.data)
+    pins = getattr(recipe.data, "pins", None)
+    found: dict[str, str] = {} if pins is None else pins(loaded.config, lambda text: print(text, flush=True))
+    config, sources = loaded.config, dict(loaded.sources)
+    for key, commit in found.items():
+        group, _, name = key.partition(".")
+        section = getattr(config, group)
+        asked = getattr(section, name)
+        if asked != commit:
+            config = config.model_copy(update={group: section.model_copy(update={name: commit})})
+            sources[key] = "the hub's newest" if asked is None else f"{sources.get(key, 'default')}: {asked}"
+    return Loaded(config, sources, loaded.recipe_file)
+
+
 def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """The facts of the prepared data, with the folder that holds it."""
+    settle_offline(config.data)
     folder = prepared.prepare(config, recipe, lambda text: print(text, flush=True))
     return {**prepared.load_facts(folder), "folder": str(folder)}
 

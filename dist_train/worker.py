@@ -82,14 +82,20 @@ def run_attempt(run: RunDir, arguments: list[str]) -> int:
 def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, arguments: tuple[str, ...] = ()) -> None:
     """Config, task, engine, resume, train, finish: in this order, on every rank."""
     from dist_train.config_io import load_run_config
+    from dist_train.hub import settle_offline
     from dist_train.plan import LaunchPlan
     from dist_train.recipe import load_recipe
+    from dist_train.stage import staged_folder
 
     config = load_run_config(run)
+    settle_offline(config.data)
     recipe = load_recipe(config.recipe)
     plan = LaunchPlan.from_json(json.loads(run.plan.read_text()))
     settle_environment(plan.device, plan.strategy, plan.deterministic)
-    task = recipe.make_task(config, Path(json.loads(run.data_facts.read_text())["folder"]))
+    facts = json.loads(run.data_facts.read_text())
+    stage_to = getattr(config.data, "stage_to", None)
+    folder = Path(facts["folder"]) if stage_to is None else staged_folder(run, attempt, facts, stage_to)
+    task = recipe.make_task(config, folder)
     rank = Attempt(run, attempt, config, plan, stop, heartbeat)
     train_task(rank, task, recipe.score, recipe.folder, arguments, recipe)
 

@@ -18,7 +18,7 @@ from dist_train.hardware import Gpu, Hardware, detect_hardware
 from dist_train.memory_facts import model_facts
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.recipe import load_recipe
-from dist_train.start_run import check_metric, prepare_data, print_plan
+from dist_train.start_run import check_metric, pinned, prepare_data, print_plan
 from launcher.measure import measure_profile
 from launcher.preflight import check_gpus, check_imports
 from launcher.summary import open_console
@@ -37,6 +37,7 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     print(config_io.dump(config, loaded.sources, config.name or "not named yet"))
     recipe = load_recipe(config.recipe)
     check_metric(config, recipe)
+    config = pinned(loaded, recipe).config
     data = prepare_data(config, recipe)
     device = "cuda" if hardware.gpus else "cpu"
     facts = model_facts(config, recipe, data, device, measure_profile)

@@ -38,6 +38,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "utf16.csv").write_text(ROWS, encoding="utf-16")
     (folder / "latin.csv.gz").write_bytes(gzip.compress(broken))
     (folder / "a_file").write_text("kept")
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / "runs" / "taken").mkdir(parents=True)
     (folder / "runs" / "taken" / "config.yaml").write_text("kept")
     return folder
@@ -82,11 +84,11 @@ def test_bad_input_is_refused_in_one_block(desk: Path, arguments: list[str], cod
     _assert_refused(desk, arguments, code, words)
 
 
-def _assert_refused(desk: Path, arguments: list[str], code: int, words: list[str]) -> None:
+def _assert_refused(desk: Path, arguments: list[str], code: int, words: list[str], **variables: str) -> None:
     before = _contents(desk)
     name = [] if any(word.startswith("name=") for word in arguments) else ["name=bad"]
     began = time.monotonic()
-    done = dist_train(["run", *arguments, *name, "data.cache_dir=prepared"], desk)
+    done = dist_train(["run", *arguments, *name, "data.cache_dir=prepared"], desk, **variables)
     seconds = time.monotonic() - began
     assert done.returncode == code, done.stdout + done.stderr
     for word in words:
@@ -104,6 +106,19 @@ def _contents(desk: Path) -> dict[str, bytes]:
         for path in desk.rglob("*")
         if path.is_file() and "prepared" not in path.parts and "cache" not in path.parts
     }
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "https://hub.invalid"])
+@pytest.mark.parametrize("key", ["model.pretrained=bert-base-uncased", "data.tokenizer=a/b", "data.path=hub:a/b"])
+def test_a_hub_name_without_network_is_refused(desk: Path, key: str, endpoint: str) -> None:
+    words = [key.partition("=")[2], f"cannot reach {endpoint}", "dist-train prepare", key.partition("=")[0]]
+    variables = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1,hub.invalid"}
+    _assert_refused(desk, ["ticket_routing", *GOOD, key], 3, words, **variables)
+
+
+def test_a_pretrained_folder_of_pickle_is_refused(desk: Path) -> None:
+    arguments = ["ticket_routing", *GOOD, "model.pretrained=pickled"]
+    _assert_refused(desk, arguments, 4, ["pickled, which holds no safetensors weights", "save_pretrained()"])
 
 
 def test_a_read_only_mount_is_refused(desk: Path, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dist_train.config import Positive, RunConfig, Section, Share, path_field
+from dist_train.config import CachedData, Positive, RunConfig, Section, Share, path_field
 
 
 class SyntheticConfig(Section):
@@ -26,7 +24,7 @@ class SyntheticConfig(Section):
     """Seed of the generator; the same seed and rows give the same tickets."""
 
 
-class DataConfig(Section):
+class DataConfig(CachedData):
     path: str | list[str] | None = path_field(None)
     """CSV, TSV, JSONL or Parquet file(s) (gz too), a folder saved by `datasets`, `hub:NAME` or `synthetic`."""
     validation_path: str | list[str] | None = path_field(None)
@@ -65,8 +63,8 @@ class DataConfig(Section):
     """Size of the BPE vocabulary that is trained on the training split."""
     tokenizer: str | None = path_field(None, hub_name=True)
     """Folder or hub name of a ready tokenizer; null trains one (or takes that of `model.pretrained`)."""
-    cache_dir: Path = path_field(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dist-train")
-    """Folder of the prepared data, keyed by content; by default below XDG_CACHE_HOME, else ~/.cache."""
+    tokenizer_revision: str | None = None
+    """Revision of a hub tokenizer; null takes the newest and records it."""
 
     @model_validator(mode="after")
     def _shares_leave_training_rows(self) -> Self:

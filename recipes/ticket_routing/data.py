@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.config import CachedData
 from dist_train.errors import DataError
 from dist_train.prepared import check_space, is_whole
 from dist_train.worker_pool import map_in_workers
@@ -22,6 +23,8 @@ from recipes.ticket_routing.chunks import Columns
 from recipes.ticket_routing.config import Config, DataConfig
 from recipes.ticket_routing.duplicates import words_of
 from recipes.ticket_routing.groups import BLOCK_ROWS, Grouped, group
+from recipes.ticket_routing.hub import pins as pins
+from recipes.ticket_routing.hub import pretrained_facts
 from recipes.ticket_routing.sources import Source, find_sources
 from recipes.ticket_routing.tickets import Part, Tickets, choose_labels
 from recipes.ticket_routing.tokens import describe_ready, file_hash, make_tokenizer
@@ -39,9 +42,8 @@ def describe(config: Config) -> dict[str, Any]:
         | {"files": [[file["sha256"], file.get("partition")] for file in source.fingerprint.get("files", [])]}
         for source in find_sources(config.data)
     ]
-    keys = config.data.model_dump(
-        mode="json", exclude={"path", "validation_path", "test_path", "cache_dir", "rows", "synthetic"}
-    )
+    elsewhere = {"path", "validation_path", "test_path", "rows", "synthetic", "tokenizer", "tokenizer_revision"}
+    keys = config.data.model_dump(mode="json", exclude=elsewhere | set(CachedData.model_fields))
     described = {"version": VERSION, "content": content, "keys": keys, "pretrained": config.model.pretrained}
     tokenizer = describe_ready(config)
     return described if tokenizer is None else {**described, "tokenizer": tokenizer}
@@ -101,6 +103,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
         "lengths": _describe_lengths(lengths, config.data.max_tokens),
         "vocabulary": tokenizer.get_vocab_size(),
         "warnings": warnings,
+        **pretrained_facts(config, folder),
     }
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import ConfigError, DataError
+from dist_train.hub import check_reachable
 from dist_train.table_files import Batch, as_text, check_columns
 
 _BATCH_ROWS = 10_000
 
 
-def open_dataset(path: str, revision: str | None) -> dict[str, Any] | None:
+def open_dataset(path: str, revision: str | None, offline: bool = False) -> dict[str, Any] | None:
     """The splits of a folder that `datasets` saved or of `hub:NAME`, by name ("" for a single one); None for files."""
     if path.startswith("hub:"):
-        return _open_hub(path.removeprefix("hub:"), revision)
+        return _open_hub(path.removeprefix("hub:"), revision, offline)
     folder = Path(path)
     if not folder.is_dir() or not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
         return None
@@ -29,17 +30,26 @@ def open_dataset(path: str, revision: str | None) -> dict[str, Any] | None:
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
 
 
-def _open_hub(name: str, revision: str | None) -> dict[str, Any]:
+def _open_hub(name: str, revision: str | None, offline: bool) -> dict[str, Any]:
     import datasets
 
     if not name:
         raise ConfigError("data.path is hub: without a name; write for example data.path=hub:owner/name.")
+    what = f"data.path is hub:{name}" + (f" at {revision}" if revision else "")
+    if not offline:
+        check_reachable(what, "save it there with save_to_disk(FOLDER), and set data.path=FOLDER")
     try:
         loaded = datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the library raises many kinds: no network, no such name, gated, scripts
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        if offline:
+            raise DataError(
+                f"{what}, but asking the hub is switched off (data.offline or HF_HUB_OFFLINE), and it was not "
+                f"downloaded before: {first}\nRun `dist-train prepare` with data.offline=false where there is network, "
+                "with the same HF_HOME."
+            ) from error
         raise DataError(
-            f"data.path is hub:{name}, which could not be loaded: {first}\n"
+            f"{what}, which could not be loaded: {first}\n"
             "Check the name and this machine's network; or download it elsewhere, save it with save_to_disk(FOLDER), "
             "and set data.path=FOLDER."
         ) from error

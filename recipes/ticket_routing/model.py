@@ -105,8 +105,6 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.revision: str | None = getattr(model.config, "_commit_hash", None)
-        """The hub's commit; None for a folder."""
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         return self.model(input_ids=token_ids, attention_mask=token_mask.long()).logits

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from dist_train.errors import ConfigError, DataError
+from dist_train.hub import is_offline
 from dist_train.table_files import Batch, TableFile, check_columns, expand_files, read_files
 from recipes.ticket_routing import datasets_source, split, synthetic
 from recipes.ticket_routing.chunks import CHUNK_ROWS, Chunk, packed
@@ -71,7 +72,9 @@ def _whole_sources(data: DataConfig) -> list[Source] | None:
         described = {"synthetic": synthetic.VERSION, "rows": data.rows, **data.synthetic.model_dump()}
         needed = data.rows * (_SYNTHETIC_TEXT + _BYTES_A_ROW)
         return [Source(None, "synthetic", lambda columns: _generated(data, columns), described, needed)]
-    splits = datasets_source.open_dataset(data.path, data.revision) if isinstance(data.path, str) else None
+    splits = (
+        datasets_source.open_dataset(data.path, data.revision, is_offline(data)) if isinstance(data.path, str) else None
+    )
     if splits is None:
         return None
     # A lone split, most often "train", is no split: the toolkit makes one.

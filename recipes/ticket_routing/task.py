@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dist_train.errors import ConfigError, DataError, UnsafeInputError
+from dist_train.errors import ConfigError, DataError
 from dist_train.prepared import load_facts
 from dist_train.records import check_record
 from dist_train.task import Batch, ListedRows
 from recipes.ticket_routing import score
 from recipes.ticket_routing.chunks import join_text
 from recipes.ticket_routing.config import Config, ModelConfig
+from recipes.ticket_routing.hub import check_folder, pretrained_folder
 from recipes.ticket_routing.model import LSTMEncoder, PretrainedEncoder, TicketClassifier, TransformerEncoder
 from recipes.ticket_routing.stored import StoredSplit
 
@@ -50,7 +51,7 @@ class TicketTask:
     def __init__(self, config: Config, prepared: Path) -> None:
         self.config = config
         self.prepared = prepared
-        facts = load_facts(prepared)
+        self.facts = facts = load_facts(prepared)
         self.labels: list[str] = facts["labels"]
         self.vocabulary: int = facts["vocabulary"]
         counts = np.array([facts["splits"]["train"]["labels"].get(name, 0) for name in self.labels], dtype=np.float64)
@@ -64,7 +65,8 @@ class TicketTask:
         model, data = self.config.model, self.config.data
         if model.kind == "pretrained":
             assert model.pretrained is not None
-            encoder = _load_pretrained(model.pretrained, model.revision, self.labels, model.dropout)
+            folder = pretrained_folder(self.config, self.prepared, self.facts)
+            encoder = _load_pretrained(folder, self.labels, model.dropout)
             positions = getattr(encoder.config, "max_position_embeddings", data.max_tokens)
             if positions < data.max_tokens:
                 raise ConfigError(
@@ -129,7 +131,8 @@ class TicketTask:
         shutil.copytree(self.prepared / "tokenizer", folder, dirs_exist_ok=True)
         if isinstance(model.encoder, PretrainedEncoder):
             model.encoder.model.save_pretrained(folder)  # type: ignore[operator]
-            source = {"pretrained": self.config.model.pretrained, "revision": model.encoder.revision}
+            revision = self.facts.get("pretrained", {}).get("revision")
+            source = {"pretrained": self.config.model.pretrained, "revision": revision}
             (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
             return
         described = {
@@ -149,7 +152,7 @@ class TicketTask:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         labels = [described["id2label"][str(index)] for index in range(len(described["id2label"]))]
         if described["model_type"] != MODEL_TYPE:
-            return TicketClassifier(PretrainedEncoder(_load_pretrained(str(folder), None, labels, None)))
+            return TicketClassifier(PretrainedEncoder(_load_pretrained(str(folder), labels, None)))
         config = ModelConfig.model_validate(described["model"])
         encoder = _own_encoder(config, described["vocab_size"], described["max_tokens"], len(labels))
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
@@ -162,19 +165,14 @@ def _own_encoder(config: ModelConfig, vocabulary: int, max_tokens: int, num_labe
     return TransformerEncoder(config, vocabulary, max_tokens, num_labels)
 
 
-def _load_pretrained(source: str, revision: str | None, labels: list[str], dropout: float | None) -> nn.Module:
-    """A Hugging Face classifier with a head for these labels. Reads safetensors alone, runs no remote code."""
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UnsafeInputError(
-            f"model.pretrained is {source}, which holds no safetensors weights; pickle weights can run code and are "
-            "not read. Convert them once: load the model where you trust it and call save_pretrained()."
-        )
+def _load_pretrained(source: str, labels: list[str], dropout: float | None) -> nn.Module:
+    """A Hugging Face classifier with a head for these labels, from a folder. Reads safetensors alone, runs no remote
+    code, asks no hub."""
+    check_folder(source)
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
         if dropout is not None:
@@ -189,10 +187,10 @@ def _load_pretrained(source: str, revision: str | None, labels: list[str], dropo
             ignore_mismatched_sizes=True,  # a head for other labels is made anew
             use_safetensors=True,
             trust_remote_code=False,
-            **options,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"model.pretrained is {source}, which could not be loaded: {(str(error).splitlines() or [''])[0]}\n"
-            "Give a folder with config.json and model.safetensors, or a hub name that this machine can reach."
+            "Give a folder or hub name with config.json and model.safetensors."
         ) from error

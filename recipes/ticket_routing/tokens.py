@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_train.errors import DataError
 from recipes.ticket_routing.config import Config
+from recipes.ticket_routing.hub import fetched_model, tokenizer_folder
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -17,9 +18,9 @@ _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 def make_tokenizer(config: Config, train_texts: Iterable[str], folder: Path) -> Any:
     """A `tokenizers.Tokenizer` that cuts at data.max_tokens, saved in `folder`."""
-    ready = config.data.tokenizer or config.model.pretrained
+    ready = tokenizer_folder(config)
     if ready is not None:
-        return _load(ready, config.model.revision, config.data.max_tokens, folder)
+        return _load(ready, config.data.max_tokens, folder)
     tokenizer = _train(train_texts, config.data.vocab_size)
     tokenizer.enable_truncation(config.data.max_tokens)
     _write(tokenizer, folder)
@@ -37,14 +38,17 @@ def make_tokenizer(config: Config, train_texts: Iterable[str], folder: Path) -> 
 
 
 def describe_ready(config: Config) -> list[str | None] | None:
-    """What tells one ready tokenizer from another: its files, or its hub name and revision; None to train one."""
-    ready = config.data.tokenizer or config.model.pretrained
+    """What tells one ready tokenizer from another: its files, and the commit of a fetched encoder, which facts.json
+    names; None to train one."""
+    ready = tokenizer_folder(config)
     if ready is None:
         return None
     files = [Path(ready) / name for name in _FILES]
+    encoder = fetched_model(config)
+    commit = [] if encoder is None else [encoder.revision]
     if not files[0].is_file():
-        return [ready, config.model.revision]
-    return [file_hash(file) if file.is_file() else None for file in files]
+        return [ready, *commit]
+    return [file_hash(file) if file.is_file() else None for file in files] + commit
 
 
 def file_hash(file: Path) -> str:
@@ -71,7 +75,7 @@ def _write(tokenizer: Any, folder: Path) -> None:
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
-def _load(source: str, revision: str | None, max_tokens: int, folder: Path) -> Any:
+def _load(source: str, max_tokens: int, folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     file = Path(source) / _FILES[0]
@@ -87,12 +91,11 @@ def _load(source: str, revision: str | None, max_tokens: int, folder: Path) -> A
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            loaded = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"the tokenizer {source} could not be loaded: {str(error).splitlines()[0]}\n"
-                "Give a folder that holds tokenizer.json (data.tokenizer or model.pretrained), or a hub name that this "
-                "machine can reach."
+                "Give a folder or hub name that holds tokenizer.json (data.tokenizer or model.pretrained)."
             ) from error
         loaded.save_pretrained(folder)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,6 +1,6 @@
 """Plans and trains. Knows no recipe by name and nothing of `launcher` or `slurm`.
 
-From Python: `load_config`, `train` and `load`. Importing this package imports nothing else.
+From Python: `load_config`, `make_task`, `train` and `load`. Importing this package imports nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ def load_config(recipe: str, settings: list[str] | None = None) -> RunConfig:
     from dist_train.config_io import load as load_file
 
     return load_file(recipe, settings or []).config
+
+
+def make_task(config: RunConfig) -> Any:
+    """The task of the config's recipe, its data prepared, or found prepared. ConfigError, DataError."""
+    from dist_train.from_python import make_task as make
+
+    return make(config)
 
 
 def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False) -> RunDir:

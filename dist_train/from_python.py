@@ -19,6 +19,7 @@ from dist_train.heartbeat import Heartbeat
 from dist_train.launcher_settings import number_of_ranks
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.rank_environment import settle_environment, settle_rank_variables
+from dist_train.recipe import Recipe, load_recipe
 from dist_train.rundir import RunDir, read_json
 from dist_train.score import read_score
 from dist_train.start_run import (
@@ -39,16 +40,20 @@ def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False)
     """Train `task` to its end in this process, evaluate and report, as `dist-train run` does: same loop, checkpoints
     and run directory. Under torchrun or accelerate launch every rank calls it alike.
 
-    score: what has METRIC and measure, for example a recipe's score.py; else `task.score`, else the module that
+    score: what has METRIC and measure; else that of the recipe that the config names, `task.score`, or the module that
     defines the task. resume: go on from the newest checkpoint of the run that config.name names.
 
     Returns the run directory: report.json there has every figure. ToolkitError for what a user can mend; Preempted
     after Ctrl-C, when the step is saved.
     """
     settle_rank_variables()
+    recipe = _recipe_of(config)
     module = sys.modules[type(task).__module__]
     task = with_defaults(task, module.__name__)
-    scored = read_score(score or getattr(task, "score", None) or module, module.__name__)
+    if score is None and recipe is not None:
+        scored = recipe.score
+    else:
+        scored = read_score(score or getattr(task, "score", module), module.__name__)
     stop, rank = StopFlag(), int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as held:
         held.enter_context(stop.installed())
@@ -62,7 +67,8 @@ def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False)
         plan = LaunchPlan.from_json(read_json(run.plan))
         settle_environment(plan.device, plan.strategy, plan.deterministic)
         number = current_attempt(run.events)
-        code = Path(getattr(module, "__file__", None) or run.path).parent  # a notebook's cells lie in no file
+        # A notebook's cells lie in no file.
+        code = recipe.folder if recipe else Path(getattr(module, "__file__", None) or run.path).parent
         train_task(Attempt(run, number, config, plan, stop, Heartbeat(run, rank)), task, scored, code)
         if rank == 0:
             log_event(run.events, "finished", attempt=number)
@@ -75,8 +81,7 @@ def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStac
     directory = RunDir(config.output_dir / str(config.name)) if resume else free_directory(config)
     if not resume:
         check_output(directory)
-    found = facts_of_rows(task)
-    facts = prepared.completed(found, found["rows_fingerprint"]) | {"folder": str(getattr(task, "prepared", ""))}
+    facts = _facts(task)
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], number_of_ranks())
     start = Start(directory, config, plan, hardware, Settings(config_io.flatten(config), {}))
@@ -88,3 +93,25 @@ def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStac
     write_attempt(start, "run_started", f"# attempt {{attempt}}, dist_train.train(...) in {Path.cwd()}\n")
     print_plan(directory, plan)
     return start
+
+
+def make_task(config: RunConfig) -> Any:
+    """The task of the config's recipe, its data prepared, or found prepared."""
+    recipe = load_recipe(config.recipe)
+    return recipe.make_task(config, prepared.prepare(config, recipe))
+
+
+def _recipe_of(config: RunConfig) -> Recipe | None:
+    """None where config.recipe is but a name that the user's program gave."""
+    try:
+        return load_recipe(config.recipe)
+    except ConfigError:
+        return None
+
+
+def _facts(task: Any) -> dict[str, Any]:
+    folder = getattr(task, "prepared", None)
+    if folder is not None and prepared.is_whole(folder):
+        return {**prepared.load_facts(folder), "folder": str(folder)}
+    found = facts_of_rows(task)
+    return prepared.completed(found, found["rows_fingerprint"]) | {"folder": ""}

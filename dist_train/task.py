@@ -102,6 +102,8 @@ def with_defaults(task: Any, where: str) -> Task:
 
     where: the recipe, for the message.
     """
+    if isinstance(task, _WithDefaults):
+        return task
     missing = [name for name in ("build_model", "rows") if not callable(getattr(task, name, None))]
     if missing:
         raise ConfigError(

@@ -27,7 +27,7 @@ _SUFFIXES = (".yaml", ".yml")
 _PARTS = {
     "config": ("Config",),
     "data": (),
-    "score": ("METRIC", "measure"),
+    "score": (),
     "task": (),
     "starter": ("write_starter",),
 }
@@ -138,10 +138,14 @@ def resolve_recipe_file(name: str) -> Path:
 def recipe_key(text: str | None, file: Path) -> str | None:
     """What `recipe:` in a file means: a name, or the absolute path of a folder, which is relative to the file.
 
-    text: as it stands in the file; without it the folder of the file is the recipe if a task.py lies there.
+    text: as it stands in the file; without it the folder of the file is the recipe, if a task.py lies there.
     """
     if text is None:
-        return str(file.absolute().parent) if (file.parent / "task.py").is_file() else None
+        folder = file.resolve().parent
+        if not (folder / "task.py").is_file():
+            return None
+        named = (name for name, package in _installed().items() if _folder_of(package).resolve() == folder)
+        return next(named, str(folder))
     if "/" in text or text.startswith((".", "~")):
         folder = file.absolute().parent / Path(text).expanduser()
         if folder.is_dir():

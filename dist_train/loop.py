@@ -331,9 +331,11 @@ def _evaluate(training: Training) -> bool:
 
 
 def _point(score: Score, table: Any) -> dict[str, float]:
-    """The metrics of all rows; the one that the training minimises is called loss, as in the training's own lines."""
+    """The metrics of all rows, those that may pick the best first; what the training minimises is called loss, as in
+    the training's own lines."""
     values = {name: value for name, value in score.point(table).items() if not is_of_group(name)}
-    return {**({"loss": values[score.loss]} if score.loss else {}), **values}
+    first = {name: values[name] for name in score.metrics if name in values}
+    return {**({"loss": values[score.loss]} if score.loss else {}), **first, **values}
 
 
 @contextlib.contextmanager

@@ -19,9 +19,8 @@ from dist_train.config import RunConfig
 from dist_train.config_io import dump, load
 from dist_train.errors import ConfigError
 from dist_train.recipe import load_recipe
-from dist_train.rundir import json_text, read_json, write_json
+from dist_train.rundir import MODEL_RECORD, json_text, read_json, write_json
 
-RECORD = "dist_train.json"
 FORMAT = 1
 _WEIGHTS = "model.safetensors"
 
@@ -58,11 +57,11 @@ def read_model(folder: Path, task: Any) -> nn.Module:
 
 
 def write_record(folder: Path, config: RunConfig, facts: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """What stands beside the model: settings, the data's facts, and the record (see RECORD)."""
+    """What stands beside the model: settings, the data's facts, and the record (see MODEL_RECORD)."""
     (folder / "recipe.yaml").write_text(dump(config, {}, str(record["run"])), encoding="utf-8")
     kept = {name: value for name, value in facts.items() if name != "folder"}
     (folder / "facts.json").write_text(json_text(kept), encoding="utf-8")
-    write_json(folder / RECORD, {"format": FORMAT, "recipe": config.recipe, **record})
+    write_json(folder / MODEL_RECORD, {"format": FORMAT, "recipe": config.recipe, **record})
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):
@@ -70,22 +69,9 @@ def write_record(folder: Path, config: RunConfig, facts: Mapping[str, Any], reco
             path.chmod(0o666 & ~mask)  # safetensors writes files that nobody else may read
 
 
-def find_model_folder(path: str | Path) -> Path:
-    """The model folder at `path`, or best/ of the run there. ConfigError when there is none."""
-    given = Path(path).expanduser()
-    for folder in (given, given / "best"):
-        if (folder / RECORD).is_file():
-            return folder
-    if (given / "config.yaml").is_file():
-        raise ConfigError(
-            f"the run {given} has no model folder yet: train it to its end with dist-train resume {given}"
-        )
-    raise ConfigError(f"{given} is neither a run directory nor a model folder: it has no {RECORD} and no best/.")
-
-
 def load_model_folder(folder: Path) -> LoadedModel:
     """The model of a folder on the CPU, in evaluation mode."""
-    record = read_json(folder / RECORD)
+    record = read_json(folder / MODEL_RECORD)
     if record["format"] > FORMAT:
         raise ConfigError(
             f"{folder} was written by a newer version (format {record['format']}, this one reads {FORMAT})."

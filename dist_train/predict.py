@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dist_train.errors import ConfigError, DataError, ToolkitError
 from dist_train.evaluate import forward_rows
-from dist_train.model_folder import LoadedModel, find_model_folder, load_model_folder
+from dist_train.model_folder import LoadedModel, load_model_folder
 from dist_train.records import chunks_of, read_records
+from dist_train.rundir import find_model_folder
 from dist_train.task import Batch
 
 

@@ -20,6 +20,8 @@ from dist_train.errors import BusyError, ConfigError, StorageError
 
 # Names the launcher's process to its ranks, which do not outlive it.
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
+MODEL_RECORD = "dist_train.json"
+"""What a model folder says of its model; no other folder has it."""
 
 
 class RunDir:
@@ -40,7 +42,7 @@ class RunDir:
         self.bandwidth = self.path / "bandwidth.json"
         self.parity = self.path / "parity"
         self.best = self.path / "best"
-        self.model_record = self.best / "dist_train.json"
+        self.model_record = self.best / MODEL_RECORD
         self.report_json = self.path / "report.json"
         self.report_md = self.path / "report.md"
         self.report_html = self.path / "report.html"
@@ -139,6 +141,19 @@ class RunDir:
                 "`dist-train runs` lists the runs below output_dir."
             )
         return run
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The model folder at `path`, or best/ of the run there. ConfigError when there is none."""
+    given = Path(path).expanduser()
+    for folder in (given, given / "best"):
+        if (folder / MODEL_RECORD).is_file():
+            return folder
+    if (given / "config.yaml").is_file():
+        raise ConfigError(
+            f"the run {given} has no model folder yet: train it to its end with dist-train resume {given}"
+        )
+    raise ConfigError(f"{given} is neither a run directory nor a model folder: it has no {MODEL_RECORD} and no best/.")
 
 
 def name_taken(path: Path) -> BusyError:

@@ -17,9 +17,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError, DataError, StorageError
 from dist_train.hardware import detect_hardware
-from dist_train.rundir import storage_error, unwritable
+from dist_train.records import read_records
+from dist_train.rundir import find_model_folder, storage_error, unwritable
 from launcher.process import run_together
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -35,22 +36,36 @@ def predict(path: str, source: str, output: str | None, processes: int | None) -
     if gpus and count > gpus:
         raise ConfigError(f"--gpus-per-node is {count}, but this machine has {gpus} GPUs.")
     began = time.monotonic()
+    folder_of_model = str(find_model_folder(path))
+    if output is not None:
+        _check_writable(Path(output))
     with tempfile.TemporaryDirectory(prefix="dist-train-predict-") as folder:
         parts = Path(folder) / "parts"
         parts.mkdir()
         rows_file = _spool(Path(folder)) if source == "-" else source
-        module = [sys.executable, "-P", "-m", "dist_train.predict", path, rows_file, str(parts)]
+        if next(read_records(rows_file), None) is None:  # what is no table is said before torch is imported
+            raise DataError(f"{'standard input' if source == '-' else source} has no rows.")
+        module = [sys.executable, "-P", "-m", "dist_train.predict", folder_of_model, rows_file, str(parts)]
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         if count > 1 and not gpus:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         run_together([[*module, str(rank), str(count)] for rank in range(count)], environment)
         tables = [pq.ParquetFile(file) for file in sorted(parts.glob("*.parquet"))]
-        if not tables:
-            raise DataError(f"{'standard input' if source == '-' else source} has no rows.")
         rows = sum(table.metadata.num_rows for table in tables)
         _write(tables, output)
     seconds = time.monotonic() - began
     print(f"{rows:,} rows in {seconds:.1f} s{f': {output}' if output else ''}", file=sys.stderr)
+
+
+def _check_writable(output: Path) -> None:
+    """Tried by writing, before the work is done. StorageError."""
+    probe = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise unwritable(output, error, "--output") from error
 
 
 def _spool(folder: Path) -> str:
@@ -69,13 +84,18 @@ def _spool(folder: Path) -> str:
 def _write(tables: list[pq.ParquetFile], output: str | None) -> None:
     """Whole or not at all; to standard output as CSV."""
     if output is None:
-        _write_csv(_batches(tables), sys.stdout)
-        sys.stdout.flush()
+        try:
+            # Not sys.stdout, which stays silent when it cannot be written: answers that are lost are an error.
+            with open(os.dup(1), "w", encoding="utf-8", newline="") as stream:
+                _write_csv(_batches(tables), stream)
+        except BrokenPipeError:
+            pass  # the reader has had enough
+        except OSError as error:
+            raise StorageError(f"the answers could not be written to standard output: {error.strerror}.") from error
         return
     target = Path(output)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".parquet":
             with pq.ParquetWriter(temporary, tables[0].schema_arrow) as writer:
                 for batch in _batches(tables):
@@ -85,9 +105,7 @@ def _write(tables: list[pq.ParquetFile], output: str | None) -> None:
                 (_write_csv if target.suffix == ".csv" else _write_jsonl)(_batches(tables), stream)
         os.replace(temporary, target)
     except OSError as error:
-        raise (
-            storage_error(target, error) if target.parent.is_dir() else unwritable(target, error, "--output")
-        ) from error
+        raise storage_error(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

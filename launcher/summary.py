@@ -68,6 +68,7 @@ def _next_commands(run: RunDir) -> list[str]:
         commands.append(f". {shlex.quote(str(Path(sys.prefix) / 'bin' / 'activate'))}  # puts dist-train on the path")
     if load_run_config(run).train.stop_after_steps is not None:
         commands.append(f"dist-train resume {shown} train.stop_after_steps=null  # train the rest of the schedule")
+    commands.append(f"dist-train predict {shown} NEW.csv  # answers to rows like those that it was trained on")
     commands.append(f"dist-train run {shown}/config.yaml  # the same again, under a new name")
     commands.append(f"dist-train runs diff {shown} OTHER  # what differs from another run")
     if list(run.path.glob("wandb/offline-run-*")):

@@ -26,6 +26,28 @@ WORDS = {
 COMMON_TEXT = "please hello the my is not since monday team urgent help with on for again today"
 COMMON = COMMON_TEXT.split()
 
+TICKET_STEPS = 120
+TICKET_SETTINGS = [
+    "data.path=tickets.csv",
+    "data.label_column=queue",
+    "data.cache_dir=prepared",
+    f"train.steps={TICKET_STEPS}",
+    "train.global_batch_size=15",
+    "model.layers=1",
+    "model.width=32",
+    "model.heads=2",
+    "model.feedforward=64",
+    "eval.every_steps=30",
+    "eval.bootstrap_samples=100",
+    "checkpoint.every_steps=10",
+    "track.log_every_steps=1",
+]
+
+
+def run_tickets(name: str, ranks: int = 2) -> list[str]:
+    """The command that trains a small model on the tickets of `write_tickets`."""
+    return ["run", "ticket_routing", f"name={name}", *TICKET_SETTINGS, f"parallel.processes_per_node={ranks}"]
+
 
 def write_tickets(path: Path, rows: int = 600, seed: int = 0) -> Path:
     """A CSV with the columns text and queue."""

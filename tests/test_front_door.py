@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.front_door import (
+    TICKET_SETTINGS,
+    TICKET_STEPS,
     alive,
     dist_train,
     environment,
@@ -25,56 +27,21 @@ from tests.front_door import (
     lines,
     losses,
     rank_pids,
+    run_tickets,
     start,
     wait_for_step,
-    write_tickets,
 )
 
 pytestmark = pytest.mark.front_door
 
-STEPS = 120
 RUN_FILES = """config.yaml plan.json commands.sh metrics.jsonl events.jsonl environment.json data.json report.json
 report.md report.html predictions/test.parquet predictions/validation.parquet logs/rank0.log logs/rank1.log
 best/config.json best/model.safetensors best/tokenizer.json"""
-SETTINGS = [
-    "data.path=tickets.csv",
-    "data.label_column=queue",
-    "data.cache_dir=prepared",
-    f"train.steps={STEPS}",
-    "train.global_batch_size=15",
-    "model.layers=1",
-    "model.width=32",
-    "model.heads=2",
-    "model.feedforward=64",
-    "eval.every_steps=30",
-    "eval.bootstrap_samples=100",
-    "checkpoint.every_steps=10",
-    "track.log_every_steps=1",
-]
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, with a slurm/ and a recipes/ of its own, and the uninterrupted runs on 2 and 4 ranks."""
-    folder = tmp_path_factory.mktemp("desk")
-    write_tickets(folder / "tickets.csv")
-    for name in ("slurm", "recipes"):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text("raise RuntimeError('the user\\'s own package was imported')")
-    for ranks in (2, 4):
-        done = dist_train(_run(f"whole{ranks}", ranks), folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-        (folder / f"whole{ranks}.txt").write_text(done.stdout)
-    return folder
-
-
-def _run(name: str, ranks: int = 2) -> list[str]:
-    return ["run", "ticket_routing", f"name={name}", *SETTINGS, f"parallel.processes_per_node={ranks}"]
 
 
 def _assert_same_result(run: Path, whole: Path) -> None:
     assert losses(run) == losses(whole)
-    assert len(losses(run)) == STEPS
+    assert len(losses(run)) == TICKET_STEPS
     assert final_shards(run) == final_shards(whole)
 
 
@@ -141,20 +108,20 @@ def test_two_runs_at_once_repeat_a_run_from_its_directory(desk: Path) -> None:
     for index in (1, 2):
         _assert_same_result(desk / "runs" / f"again{index}", desk / "runs" / "whole2")
     listed = dist_train(["runs"], desk).stdout
-    assert re.search(rf"again1 .*finished.*{STEPS}/{STEPS}.*accuracy", listed)
+    assert re.search(rf"again1 .*finished.*{TICKET_STEPS}/{TICKET_STEPS}.*accuracy", listed)
     different = dist_train(["runs", "diff", "whole2", "whole4"], desk).stdout
     assert re.search(r"parallel.processes_per_node\s+│ 2\s+│ 4", different)
     assert "optim.lr" not in different
 
 
 def test_debug_runs_one_rank_in_the_very_process(desk: Path) -> None:
-    arguments = ["run", "ticket_routing", "name=debug", *SETTINGS, "train.steps=3", "--debug"]
+    arguments = ["run", "ticket_routing", "name=debug", *TICKET_SETTINGS, "train.steps=3", "--debug"]
     done = dist_train(arguments, desk)
     assert done.returncode == 0, done.stdout + done.stderr
     records = lines(desk / "runs" / "debug" / "events.jsonl")
     assert not [record for record in records if record["event"] == "rank_started"], "a rank of its own was started"
     assert (desk / "runs" / "debug" / "report.html").is_file()
-    refused = dist_train([*_run("debug2", 2), "--debug"], desk)
+    refused = dist_train([*run_tickets("debug2", 2), "--debug"], desk)
     assert refused.returncode == 2
     assert "parallel.processes_per_node=1" in refused.stderr
     assert not (desk / "runs" / "debug2").exists()
@@ -164,7 +131,7 @@ def test_debug_runs_one_rank_in_the_very_process(desk: Path) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str) -> None:
     run = desk / "runs" / f"killed-{victim}-{ranks}"
-    process = start(_run(run.name, ranks), desk)
+    process = start(run_tickets(run.name, ranks), desk)
     wait_for_step(run, 23)
     pids = rank_pids(run)
     os.kill(pids[ranks - 1] if victim == "rank" else process.pid, signal.SIGKILL)
@@ -177,7 +144,7 @@ def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str)
         time.sleep(0.05)
     assert not [pid for pid in pids.values() if alive(pid)], "a rank was left behind"
     newest = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
-    assert 20 <= newest < STEPS
+    assert 20 <= newest < TICKET_STEPS
     resumed = dist_train(["resume", f"runs/{run.name}"], desk)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"resumed at step {newest}" in resumed.stdout
@@ -186,7 +153,7 @@ def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str)
 
 def test_ctrl_c_saves_the_step_it_is_at_and_the_run_goes_on_from_there(desk: Path) -> None:
     run = desk / "runs" / "stopped"
-    process = start(_run(run.name), desk)
+    process = start(run_tickets(run.name), desk)
     wait_for_step(run, 13)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -201,7 +168,7 @@ def test_ctrl_c_saves_the_step_it_is_at_and_the_run_goes_on_from_there(desk: Pat
 
 def test_ctrl_c_while_the_ranks_still_import_saves_the_first_step(desk: Path) -> None:
     run = desk / "runs" / "early"
-    process = start(_run(run.name), desk)
+    process = start(run_tickets(run.name), desk)
     deadline = time.monotonic() + 60
     while len([line for line in lines(run / "events.jsonl") if line["event"] == "rank_started"]) < 2:
         assert time.monotonic() < deadline
@@ -214,7 +181,7 @@ def test_ctrl_c_while_the_ranks_still_import_saves_the_first_step(desk: Path) ->
 
 def test_a_run_under_nohup_whose_output_nobody_reads_any_more_goes_on_to_its_report(desk: Path) -> None:
     run = desk / "runs" / "unread"
-    process = start(_run(run.name), desk, under=["nohup"])
+    process = start(run_tickets(run.name), desk, under=["nohup"])
     wait_for_step(run, 5)
     assert process.stdout is not None
     process.stdout.close()
@@ -242,7 +209,7 @@ def test_output_that_cannot_be_written_stops_nothing(desk: Path, redirect: str) 
 
 def test_a_config_that_was_edited_between_attempts_needs_a_word_to_go_on(desk: Path) -> None:
     run = desk / "runs" / "edited"
-    arguments = [*_run(run.name, 1), "train.stop_after_steps=2", "eval.every_steps=2"]
+    arguments = [*run_tickets(run.name, 1), "train.stop_after_steps=2", "eval.every_steps=2"]
     assert dist_train(arguments, desk).returncode == 0
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("  weight_decay: 0.1", "  weight_decay: 0.2"))
@@ -259,7 +226,7 @@ def test_a_config_that_was_edited_between_attempts_needs_a_word_to_go_on(desk: P
 
 def test_a_stopped_rank_is_named_and_nothing_is_left_behind(desk: Path) -> None:
     run = desk / "runs" / "hung"
-    process = start([*_run(run.name), "parallel.timeout_s=6"], desk)
+    process = start([*run_tickets(run.name), "parallel.timeout_s=6"], desk)
     wait_for_step(run, 5)
     pids = rank_pids(run)
     os.kill(pids[1], signal.SIGSTOP)
@@ -271,12 +238,12 @@ def test_a_stopped_rank_is_named_and_nothing_is_left_behind(desk: Path) -> None:
 
 def test_a_live_run_and_an_existing_name_are_refused(desk: Path) -> None:
     run = desk / "runs" / "live"
-    process = start(_run(run.name), desk)
+    process = start(run_tickets(run.name), desk)
     wait_for_step(run, 2)
     resumed = dist_train(["resume", "runs/live"], desk)
     assert resumed.returncode == 12
     assert "in use by a live run" in resumed.stderr
-    again = dist_train(_run("live"), desk)
+    again = dist_train(run_tickets("live"), desk)
     assert again.returncode == 12
     assert "dist-train resume" in again.stderr
     process.send_signal(signal.SIGINT)

@@ -1,0 +1,24 @@
+"""What several test files train once and share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.front_door import dist_train, run_tickets, write_tickets
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder, with a slurm/ and a recipes/ of its own, and the uninterrupted runs on 2 and 4 ranks."""
+    folder = tmp_path_factory.mktemp("desk")
+    write_tickets(folder / "tickets.csv")
+    for name in ("slurm", "recipes"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('the user\\'s own package was imported')")
+    for ranks in (2, 4):
+        done = dist_train(run_tickets(f"whole{ranks}", ranks), folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / f"whole{ranks}.txt").write_text(done.stdout)
+    return folder

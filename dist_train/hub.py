@@ -24,6 +24,7 @@ CONNECT_S = 5.0
 _DEFAULT = "https://huggingface.co"
 _TRUE = ("1", "ON", "YES", "TRUE")
 _PORTS = {"https": 443, "http": 80, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
+_ADVICE = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 404: "if that is no hub, set HF_ENDPOINT"}
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -88,7 +89,7 @@ def refusal(what: str, error: Exception, folder: Path, instead: str) -> ToolkitE
         return unwritable(folder, error, "data.cache_dir")
     response = getattr(error, "response", None)
     if isinstance(error, errors.HfHubHTTPError) and response is not None:
-        advice = "set HF_TOKEN" if response.status_code in (401, 403) else "try again later"
+        advice = _ADVICE.get(response.status_code, "try again later")
         return DataError(f"{what}, but {_shown(endpoint())} answered HTTP {response.status_code}: {advice}.")
     cause = (str(error).splitlines() or [""])[0] or type(error).__name__
     return unreachable(what, re.sub(r"//[^/@\s]*@", "//", cause).rstrip("."), instead)

@@ -1,4 +1,4 @@
-"""dist-train prepare: all that comes before the GPUs, on CPUs: read, validate, split, tokenise. Later runs find it."""
+"""dist-train prepare: all that comes before the GPUs, on CPUs: fetch, read, validate, split. Later runs find it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 from dist_train import config_io
 from dist_train.recipe import load_recipe
-from dist_train.start_run import check_metric, prepare_data
+from dist_train.start_run import check_metric, pinned, prepare_data
 
 
 def prepare_recipe(recipe_name: str, overrides: list[str]) -> None:
     """Prepare the recipe's data, print what it holds and what to type next."""
-    config = config_io.load(recipe_name, overrides).config
-    recipe = load_recipe(config.recipe)
-    check_metric(config, recipe)
+    loaded = config_io.load(recipe_name, overrides)
+    recipe = load_recipe(loaded.config.recipe)
+    check_metric(loaded.config, recipe)
+    config = pinned(loaded, recipe).config
     facts = prepare_data(config, recipe)
     for name, text in _lines(facts):
         print(f"{name:<15}{text}")

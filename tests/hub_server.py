@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,9 @@ class Hub:
         self.requests: list[str] = []
         self.cut_after: int | None = None
         """Break the connection once after so many bytes of a large file."""
+        self.stalling = threading.Event()
+        """Once set, large files stop half-way, until it is cleared."""
+        self.half_sent = threading.Event()
         self.spoiled: str | None = None
         """A file that arrives with a flipped bit."""
         self.gated = False
@@ -135,6 +139,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.served.cut_after = None
             self.wfile.write(content[start : start + after])
             self.close_connection = True
+            return
+        if cut and self.served.stalling.is_set():
+            self.wfile.write(content[start : len(content) // 2])
+            self.wfile.flush()
+            self.served.half_sent.set()
+            self.close_connection = True
+            while self.served.stalling.is_set():
+                time.sleep(0.02)
             return
         self.wfile.write(content[start:])
 

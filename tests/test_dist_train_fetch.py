@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -165,7 +167,7 @@ def test_without_network_a_clear_message_comes_within_seconds(
 
 def test_a_name_that_blocks_the_resolver_blocks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_module, "CONNECT_S", 0.2)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: time.sleep(30))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: time.sleep(30) or [])
     began = time.monotonic()
     with pytest.raises(DataError, match="no answer within"):
         hub_module.check_reachable("x is y", "")
@@ -203,6 +205,27 @@ def test_a_file_that_arrives_damaged_is_no_file_and_the_next_call_fetches_the_re
     assert set(hub.downloads) == KEPT - there
 
 
+def test_a_download_that_was_killed_goes_on_with_the_files_that_lack(hub: Hub, model: Path, tmp_path: Path) -> None:
+    commit = hub.put(NAME, model)
+    hub.stalling.set()
+    code = "from pathlib import Path; from dist_train.fetch import fetch_model\n"
+    code += f"fetch_model({NAME!r}, None, Path({str(tmp_path / 'cache')!r}), False)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+    assert hub.half_sent.wait(30)
+    process.kill()
+    process.wait()
+    hub.stalling.clear()
+    store = tmp_path / "cache" / "hub" / "models--own--encoder"
+    assert not (store / commit).exists()
+    there = {path.name for path in (store / f".tmp-{commit}").iterdir()} & KEPT
+    assert there
+    hub.requests.clear()
+    fetched = _fetch(tmp_path / "cache")
+    assert set(hub.downloads) == KEPT - there
+    assert {path.name for path in fetched.folder.iterdir()} == KEPT | {"fetched.json"}
+    assert (fetched.folder / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
 def test_two_at_once_download_once(hub: Hub, model: Path, tmp_path: Path) -> None:
     hub.put(NAME, model)
     found: list[Fetched] = []
@@ -221,6 +244,10 @@ def test_a_refusal_of_the_hub_says_what_to_do_and_no_token_is_written(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with pytest.raises(DataError, match="has no such name: check the spelling") as unknown:
         _fetch(tmp_path / "cache")
+    monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/elsewhere")
+    with pytest.raises(DataError, match="answered HTTP 404: if that is no hub, set HF_ENDPOINT"):
+        _fetch(tmp_path / "cache")
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.put(NAME, model)
     with pytest.raises(DataError, match="is own/encoder at v9, but the hub has no such revision"):
         _fetch(tmp_path / "cache", "v9")

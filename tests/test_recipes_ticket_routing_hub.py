@@ -14,13 +14,15 @@ import pytest
 import torch
 import transformers
 import yaml
-from recipes.ticket_routing.read import open_dataset
 
 from dist_train import config_io
 from dist_train.errors import DataError, UnsafeInputError
+from dist_train.prepared import load_facts
+from dist_train.prepared import prepare as prepare_recipe
+from dist_train.recipe import load_recipe
 from recipes.ticket_routing import hub as recipe_hub
 from recipes.ticket_routing.config import Config
-from recipes.ticket_routing.data import load_facts, prepare
+from recipes.ticket_routing.datasets_source import open_dataset
 from recipes.ticket_routing.task import TicketTask
 from tests.front_door import dist_train, lines, losses
 from tests.hub_server import Hub, serving
@@ -35,7 +37,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     settings = [*DATA, f"data.cache_dir={folder}/prepared", "model.width=32", "model.heads=2"]
     config: Any = config_io.load("ticket_routing", settings, site=False).config
-    prepared = prepare(config, lambda text: None)
+    prepared = prepare(config)
     model = folder / "model"
     shutil.copytree(prepared / "tokenizer", model)
     torch.manual_seed(0)
@@ -54,6 +56,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving() as served:
         monkeypatch.setenv("HF_ENDPOINT", served.url)
         yield served
+
+
+def prepare(config: Any) -> Path:
+    return prepare_recipe(config, load_recipe("ticket_routing"), lambda text: None)
 
 
 def _config(cache: Path, *settings: str) -> Config:
@@ -79,7 +85,7 @@ def test_an_encoder_is_fetched_in_the_preparation_and_no_rank_asks_the_hub(
 ) -> None:
     commit = hub.put(NAME, bert)
     config = _config(tmp_path, f"model.pretrained={NAME}")
-    prepared = prepare(config, lambda text: None)
+    prepared = prepare(config)
     facts = load_facts(prepared)
     assert facts["pretrained"]["name"] == NAME
     assert facts["pretrained"]["revision"] == commit
@@ -100,18 +106,18 @@ def test_an_encoder_is_fetched_in_the_preparation_and_no_rank_asks_the_hub(
 def test_another_commit_is_other_data_and_the_cache_folder_may_move(hub: Hub, bert: Path, tmp_path: Path) -> None:
     first = hub.put(NAME, bert)
     config = _config(tmp_path / "cache", f"model.pretrained={NAME}")
-    prepared = prepare(config, lambda text: None)
+    prepared = prepare(config)
     before = _embeddings(TicketTask(config, prepared))
     hub.put(NAME, _newer(bert, tmp_path / "newer"))
-    newer = prepare(config, lambda text: None)
+    newer = prepare(config)
     assert load_facts(newer)["fingerprint"] != load_facts(prepared)["fingerprint"]
     assert not torch.equal(_embeddings(TicketTask(config, newer)), before)
     pinned = _config(tmp_path / "cache", f"model.pretrained={NAME}", f"model.revision={first}")
-    assert prepare(pinned, lambda text: None) == prepared
+    assert prepare(pinned) == prepared
     shutil.move(tmp_path / "cache", tmp_path / "moved")
     hub.requests.clear()
     moved = _config(tmp_path / "moved", f"model.pretrained={NAME}", f"model.revision={first}")
-    again = prepare(moved, lambda text: None)
+    again = prepare(moved)
     assert again == tmp_path / "moved" / prepared.name
     assert torch.equal(_embeddings(TicketTask(moved, again)), before)
     assert hub.requests == []
@@ -120,7 +126,7 @@ def test_another_commit_is_other_data_and_the_cache_folder_may_move(hub: Hub, be
 def test_a_tokenizer_of_its_own_is_fetched_without_weights(hub: Hub, bert: Path, tmp_path: Path) -> None:
     commit = hub.put("own/words", bert)
     config = _config(tmp_path, "data.tokenizer=own/words", "model.width=32", "model.heads=2")
-    prepared = prepare(config, lambda text: None)
+    prepared = prepare(config)
     assert "model.safetensors" not in hub.downloads
     assert recipe_hub.pins(config, lambda text: None) == {"data.tokenizer_revision": commit}
     theirs, ours = (json.loads((f / "tokenizer.json").read_text())["model"] for f in (bert, prepared / "tokenizer"))
@@ -131,9 +137,9 @@ def test_a_tokenizer_of_its_own_is_fetched_without_weights(hub: Hub, bert: Path,
 def test_a_folder_of_pickle_is_refused_before_any_rank(bert: Path, tmp_path: Path) -> None:
     shutil.copytree(bert, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UnsafeInputError, match="pickle weights can run code"):
-        prepare(_config(tmp_path, f"model.pretrained={tmp_path}/pickled"), lambda text: None)
+        prepare(_config(tmp_path, f"model.pretrained={tmp_path}/pickled"))
     with pytest.raises(DataError, match="there is no such folder"):
-        prepare(_config(tmp_path, f"model.pretrained={tmp_path}/nowhere"), lambda text: None)
+        prepare(_config(tmp_path, f"model.pretrained={tmp_path}/nowhere"))
 
 
 def test_a_hub_data_set_is_refused_within_seconds_where_the_hub_is_out_of_reach(
@@ -148,7 +154,7 @@ def test_a_hub_data_set_is_refused_within_seconds_where_the_hub_is_out_of_reach(
 
 
 @pytest.mark.front_door
-def test_a_run_is_pinned_and_repeats_without_network_and_offline_names_what_is_missing(
+def test_what_is_prepared_trains_offline_pinned_and_repeats_without_network(
     hub: Hub, bert: Path, tmp_path: Path
 ) -> None:
     commit = hub.put(NAME, bert)
@@ -160,17 +166,23 @@ def test_a_run_is_pinned_and_repeats_without_network_and_offline_names_what_is_m
     assert f"model.pretrained is {NAME}" in missing.stderr
     assert "switched off" in missing.stderr
     assert hub.requests == []
-    done = dist_train(["run", "ticket_routing", *settings, "name=first", "data.stage_to=node"], tmp_path, **home)
-    assert done.returncode == 0, done.stdout + done.stderr
+    prepared = dist_train(["prepare", "ticket_routing", *settings], tmp_path, **home)
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     asked = [line for line in hub.requests if "/api/models/" in line]
-    assert asked == [f"GET /api/models/{NAME}"], "the preparation alone asks, once"
+    assert asked == [f"GET /api/models/{NAME}"], "what the newest is is asked once"
+    hub.requests.clear()
+    offline = ["data.offline=true", "data.stage_to=node", "name=first"]
+    done = dist_train(["run", "ticket_routing", *settings, *offline], tmp_path, **home)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "prepared before" in done.stdout
+    assert hub.requests == []
     text = (tmp_path / "runs" / "first" / "config.yaml").read_text()
     assert yaml.safe_load(text)["model"]["revision"] == commit
     assert f"revision: {commit}  # the hub's newest" in text
     assert list((tmp_path / "node" / "hub").rglob("model.safetensors"))
     hub.put(NAME, _newer(bert, tmp_path / "newer"))
     hub.requests.clear()
-    again = ["run", "runs/first/config.yaml", "name=again", "data.stage_to=null"]
+    again = ["run", "runs/first/config.yaml", "name=again", "data.stage_to=null", "data.offline=false"]
     done = dist_train(again, tmp_path, HF_ENDPOINT="http://127.0.0.1:9", **home)
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = tmp_path / "runs" / "first", tmp_path / "runs" / "again"

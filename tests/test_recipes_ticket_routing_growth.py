@@ -243,8 +243,10 @@ def test_two_preparations_at_once_share_the_chunks(tmp_path: Path) -> None:
     assert not list((tmp_path / "chunks").glob(".tmp-*"))
 
 
-@pytest.mark.usefixtures("small")
-def test_a_killed_preparation_goes_on_with_the_chunks_that_are_whole(tmp_path: Path) -> None:
+def test_a_killed_preparation_goes_on_with_the_chunks_that_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "CHUNK_ROWS", 50)
     code = (
         "import sys; from recipes.ticket_routing import sources, chunks; sources.CHUNK_ROWS = 50\n"
         "from dist_train.config_io import load; from dist_train.prepared import prepare\n"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,21 +21,23 @@ from dist_train.errors import CrashError
 
 # Each holds some 100 to 200 MB, and one reader feeds them all.
 MOST_WORKERS = 8
+# Workers take about a second to start.
+_ALONE_S = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
 def map_in_workers(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """function(*job) for each job, in order. Jobs are taken as they are needed, so that few are held at a time.
 
-    A single job, or one core, stays in this process. CrashError when a worker was killed.
+    What takes little time stays in this process, and so does everything where there is one core. CrashError when a
+    worker was killed.
     """
-    jobs = iter(jobs)
-    first = list(itertools.islice(jobs, 2))
+    jobs, began = iter(jobs), time.monotonic()
     workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    jobs = itertools.chain(first, jobs)
-    if len(first) < 2 or workers < 2:
-        yield from (function(*job) for job in jobs)
-        return
+    for job in jobs:
+        yield function(*job)
+        if workers > 1 and time.monotonic() - began > _ALONE_S:
+            break
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
     waiting: deque[Future[Any]] = deque()
     try:

@@ -62,7 +62,7 @@ CASES = [
     (["ticket_routing"], 2, ["data.path is not set", "ticket_routing/demo"]),
     (["ticket_routing", *GOOD, "data.path=godo.csv"], 3, ["godo.csv", "Did you mean", "good.csv"]),
     (["ticket_routing", *GOOD, "data.path=empty.csv"], 3, ["empty.csv is empty"]),
-    (["ticket_routing", *GOOD, "data.path=header.csv"], 3, ["header.csv", "no tickets"]),
+    (["ticket_routing", *GOOD, "data.path=header.csv"], 3, ["header.csv", "no rows"]),
     (["ticket_routing", *GOOD, "data.label_column=queu"], 3, ["queu", "text, queue", "data.label_column"]),
     (["ticket_routing", *GOOD, "data.path=latin.csv"], 3, ["latin.csv", "record 2", "line 4", "0xe9", "iconv"]),
     (["ticket_routing", *GOOD, "data.path=latin.csv.gz"], 3, ["latin.csv.gz", "record 2", "line 4"]),

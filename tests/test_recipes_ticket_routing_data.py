@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import subprocess
+import tempfile
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from hypothesis import strategies as st
 
 from dist_train.config_io import load
 from dist_train.errors import DataError
+from dist_train.prepared import load_facts, prepare
+from dist_train.recipe import load_recipe
 from recipes.ticket_routing import score, split
 from recipes.ticket_routing.config import DataConfig, SyntheticConfig
-from recipes.ticket_routing.data import load_facts, misfit, prepare, read_split
-from recipes.ticket_routing.duplicates import group_near_duplicates
+from recipes.ticket_routing.data import misfit
+from recipes.ticket_routing.duplicates import sign, words_of
+from recipes.ticket_routing.groups import Grouped, group
+from recipes.ticket_routing.stored import StoredSplit
 from recipes.ticket_routing.synthetic import generate
 from tests.front_door import COMMON, mounted, write_tickets
 
@@ -35,7 +40,7 @@ LONG = " ".join(f"word{index}" for index in range(40))
 def _prepare(path: Path | str, cache: Path, *settings: str) -> Path:
     overrides = [f"data.path={path}", "data.label_column=queue", f"data.cache_dir={cache}", *settings]
     config: Any = load("ticket_routing", overrides, site=False).config
-    return prepare(config, lambda text: None)
+    return prepare(config, load_recipe("ticket_routing"), lambda text: None)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -56,7 +61,21 @@ def _tickets(count: int, **columns: Any) -> list[dict[str, Any]]:
 
 
 def _rows(folder: Path, name: str) -> list[int]:
-    return read_split(folder, name)["row"].to_pylist()
+    return StoredSplit(folder, name).rows.tolist()
+
+
+def _tokens(stored: StoredSplit) -> list[list[int]]:
+    return [stored.tokens(index).tolist() for index in range(len(stored))]
+
+
+def _group(texts: list[str]) -> np.ndarray:
+    """For each text the index of its group's first text."""
+    signed = sign(texts)
+    words = [words_of(text) for text in texts]
+    with tempfile.TemporaryDirectory() as folder:
+        return group(
+            signed.sets, signed.sketches, signed.sizes, lambda band: signed.bands[band], words.__getitem__, Path(folder)
+        ).groups
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +92,9 @@ def test_a_prepared_folder_is_found_again_by_content_and_rebuilt_when_it_is_not_
     renamed.write_bytes(tickets.read_bytes())
     assert _prepare(renamed, tmp_path) == folder
     assert (folder / "facts.json").stat().st_mtime_ns == made
-    (folder / "test.arrow").unlink()
+    (folder / "test.npy").unlink()
     assert _prepare(tickets, tmp_path) == folder
-    assert (folder / "test.arrow").is_file()
+    assert (folder / "test.npy").is_file()
     renamed.write_text(tickets.read_text() + "one more ticket about the network,network\n")
     assert _prepare(renamed, tmp_path) != folder
 
@@ -104,7 +123,7 @@ def test_near_duplicates_never_lie_on_both_sides(sizes: list[int], seed: int) ->
     groups = np.repeat(np.arange(len(sizes)), sizes)
     generator.shuffle(groups)
     labels = (groups % 3).astype(np.int32)
-    result = split.stratified(labels, groups, DataConfig(split_seed=seed))
+    result = split.stratified(labels, Grouped(groups, groups), DataConfig(split_seed=seed))
     assert all(len(set(result[groups == group])) == 1 for group in np.unique(groups))
     assert (result == split.TEST).mean() == pytest.approx(0.2, abs=0.15)
 
@@ -113,7 +132,7 @@ def test_similar_tickets_are_one_group_and_groups_are_transitive() -> None:
     words = [f"w{index}" for index in range(60)]
     chain = [" ".join(words[start : start + 40]) for start in range(0, 9, 2)]  # neighbours share 38 of 42 words
     texts = [*chain, "something else entirely", LONG, LONG.upper() + " !!", "", ""]
-    groups = group_near_duplicates(texts)
+    groups = _group(texts)
     assert set(groups[:5]) == {0}, "the first and the last share 32 of 48 words, but a chain leads there"
     assert groups[6] == groups[7], "case and punctuation do not tell tickets apart"
     assert len({groups[5], groups[6], groups[8], groups[9], groups[0]}) == 5, "texts without words are alone"
@@ -123,12 +142,12 @@ def test_similar_tickets_are_one_group_and_groups_are_transitive() -> None:
 def test_the_threshold_is_a_jaccard_of_nine_tenths(shared: int, together: bool) -> None:
     first = [f"w{index}" for index in range(20)]
     second = [*first[:shared], *(f"v{index}" for index in range(shared, 19))]
-    groups = group_near_duplicates([" ".join(first), " ".join(second)])
+    groups = _group([" ".join(first), " ".join(second)])
     assert (int(groups[0]) == int(groups[1])) is together
 
 
 def test_thousands_of_tickets_from_one_template_are_one_group_at_once() -> None:
-    groups = group_near_duplicates([f"{LONG} host{index}" for index in range(4000)])
+    groups = _group([f"{LONG} host{index}" for index in range(4000)])
     assert len(set(groups)) == 1
 
 
@@ -251,7 +270,7 @@ def test_data_that_cannot_be_split_is_refused(
         _prepare(_write(tmp_path / "t.csv", rows), tmp_path, *settings)
     for word in words:
         assert word in str(refusal.value)
-    assert not list(tmp_path.glob("tickets-*")), "nothing half-built may stay"
+    assert not list(tmp_path.glob("ticket_routing-*")), "nothing half-built may stay"
 
 
 def test_rare_queues_and_empty_texts_are_left_out_with_a_warning(tmp_path: Path) -> None:
@@ -266,12 +285,12 @@ def test_several_text_columns_become_one_text_and_long_ones_are_cut(tmp_path: Pa
     rows = [{"subject": f"Ticket {row['text']}", **row} for row in _tickets(60)]
     columns = ["data.text_columns=[subject,text]", "data.max_tokens=9"]
     folder = _prepare(_write(tmp_path / "t.csv", rows), tmp_path, *columns)
-    table = read_split(folder, "train")
+    stored = StoredSplit(folder, "train")
     assert (
-        table["text"][0].as_py()
+        stored.texts(np.array([0]))[0]
         == f"{rows[_rows(folder, 'train')[0]]['subject']}\n{rows[_rows(folder, 'train')[0]]['text']}"
     )
-    assert max(map(len, table["input_ids"].to_pylist())) == 9
+    assert max(map(len, _tokens(stored))) == stored.lengths.max() == 9
     assert load_facts(folder)["lengths"]["at_limit_share"] > 0
 
 
@@ -280,13 +299,13 @@ def test_the_token_ids_are_those_of_the_saved_tokenizer(tickets: Path, tmp_path:
 
     folder = _prepare(tickets, tmp_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    table = read_split(folder, "test").slice(0, 20)
-    assert tokenizer(table["text"].to_pylist(), truncation=True)["input_ids"] == table["input_ids"].to_pylist()
+    stored = StoredSplit(folder, "test")
+    assert tokenizer(stored.texts(), truncation=True)["input_ids"] == _tokens(stored)
     assert tokenizer.vocab_size == load_facts(folder)["vocabulary"]
 
 
 def _generated(rows: int, **settings: Any) -> list[dict[str, str]]:
-    return [row for batch in generate(SyntheticConfig(**settings), rows) for row in batch]
+    return [{"text": text, "label": queue} for text, queue in generate(SyntheticConfig(**settings), 0, rows)]
 
 
 def test_generated_tickets_are_a_function_of_seed_and_number() -> None:
@@ -303,7 +322,7 @@ def test_generated_tickets_look_like_real_ones() -> None:
     assert counts[0][1] > 3 * counts[-1][1], "a long tail of queues"
     lengths = sorted(len(row["text"].split()) for row in rows)
     assert lengths[-40] > 4 * lengths[2000], "a long tail of lengths"
-    groups = group_near_duplicates([row["text"] for row in rows])
+    groups = _group([row["text"] for row in rows])
     assert 1 - len(set(groups)) / len(rows) == pytest.approx(0.03, abs=0.015), "the stated share of near-duplicates"
 
 

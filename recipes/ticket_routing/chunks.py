@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -177,9 +177,8 @@ def open_texts(file: Path) -> pa.Table:
 
 
 def _temporary(folder: Path) -> Path:
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = folder.with_name(f".tmp-{secrets.token_hex(6)}")
+    temporary.mkdir()
     return temporary
 
 

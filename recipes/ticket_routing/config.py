@@ -26,7 +26,7 @@ class SyntheticConfig(Section):
 
 class DataConfig(CachedData):
     path: str | list[str] | None = path_field(None)
-    """CSV, TSV, JSONL or Parquet file(s) (gz too), a folder saved by `datasets`, `hub:NAME` or `synthetic`."""
+    """CSV, TSV, JSONL, Parquet (gz too), a folder of Parquet or of `datasets`, `hub:NAME`, or `synthetic`."""
     validation_path: str | list[str] | None = path_field(None)
     """File(s) of the validation split; null takes it from `path`."""
     test_path: str | list[str] | None = path_field(None)

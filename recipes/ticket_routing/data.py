@@ -272,8 +272,8 @@ def _teachers(
         return np.flatnonzero(split_of == split.TRAIN)
     block = slice(0, BLOCK_ROWS)
     first = Grouped(grouped.then[block], grouped.then[block])
-    parts = (None if column is None else column[block] for column in (own, times))
-    alone, _ = _split(*parts, labels[block], first, data)
+    own, times = (None if column is None else column[block] for column in (own, times))
+    alone, _ = _split(own, times, labels[block], first, data)
     rows = np.flatnonzero((alone == split.TRAIN) & (split_of[block] == split.TRAIN))
     # A source whose first block holds no training rows, such as one sorted by split.
     return rows if len(rows) else np.flatnonzero(split_of == split.TRAIN)[:BLOCK_ROWS]

@@ -1,4 +1,4 @@
-"""What near-duplicate tickets are, and the signatures by which they are found: MinHash bands and a sketch of the words."""
+"""What near-duplicate tickets are, and the signatures that find them: MinHash bands, and a sketch of the words."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Groups of near-duplicates: pairs that share a band, checked word by word, united transitively.
 
-Works block by block of BLOCK_ROWS rows, each compared with itself and all before it. So what a row was grouped with when
-its block was complete does not depend on the rows that came later. Holds some 30 bytes a row; the buckets lie on disk.
+Works block by block of BLOCK_ROWS rows, each compared with itself and all before it. So what a row was grouped with
+when its block was complete does not depend on rows that came later. Holds some 30 bytes a row; buckets lie on disk.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy as np
 from recipes.ticket_routing.duplicates import BANDS, may_be_near, near
 
 BLOCK_ROWS = 200_000
-# Tickets from one template fill a bucket without being near, and pairs grow with its square. Behind this many a row of a
-# later block must agree in two bands, in three where that is as crowded: a pair at the threshold is then missed with a
-# chance of .2 or 1 %. Within the first block every pair of a bucket is looked at.
+# Tickets from one template fill a bucket without being near, and pairs grow with its square. Behind this many a row of
+# a later block must agree in two bands, in three where that is as crowded: a pair at the threshold is then missed with
+# a chance of .2 or 1 %. Within the first block every pair of a bucket is looked at.
 _CROWDED = 500
 _MOST_SHARED = 3
-_PAIRS = 2_000_000
+_PAIRS = 250_000
+# Buckets with fewer earlier rows than this are not worth a look at their groups.
+_FEW = 32
 _KEPT_WORDS = 20_000
 _ROW = np.uint64(0xFFFFFFFF)
 
@@ -64,7 +66,7 @@ def group(
     for start in range(0, len(parent), BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, len(parent))
         for found in buckets:
-            for first, second in _pairs(found, start, stop):
+            for first, second in _pairs(found, parent, start, stop):
                 may = may_be_near((sketches[first], sketches[second]), (sizes[first], sizes[second]))
                 _unite_near(parent, first[may], second[may], known)
         block = np.arange(start, stop)
@@ -157,25 +159,70 @@ def _stored(stem: Path, buckets: _Buckets) -> _Buckets:
     return _Buckets(*arrays)
 
 
-def _pairs(buckets: _Buckets, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (earlier row, later row) whose later row lies in start..stop; rising in the later one."""
+Pairs = tuple[np.ndarray, np.ndarray]
+"""(earlier row, later row) of each pair, rising in the later one."""
+
+
+def _pairs(buckets: _Buckets, parent: np.ndarray, start: int, stop: int) -> Iterator[Pairs]:
+    """The pairs to look at whose later row lies in start..stop. Those yielded are to be united before the next."""
     first, last = np.searchsorted(buckets.later, [start, stop])
     later, end, count = (np.asarray(part[first:last]) for part in (buckets.later, buckets.end, buckets.count))
+    few = count < _FEW
+    yield from _expand(buckets.order, later[few], end[few] - count[few], count[few])
+    later, end, count = later[~few], end[~few], count[~few]
+    if len(later):
+        yield buckets.order[end - np.uint32(1)], later
+        yield from _across(buckets.order, later, end.astype(np.int64), count.astype(np.int64), parent)
+
+
+def _across(
+    order: np.ndarray, later: np.ndarray, end: np.ndarray, count: np.ndarray, parent: np.ndarray
+) -> Iterator[Pairs]:
+    """Pairs in large buckets, without those within the group that most of a bucket belongs to: thousands of near
+    tickets from one template would make millions of pairs that say nothing new."""
+    begin = end - count
+    rising = np.lexsort((end, begin))
+    reach = np.maximum.accumulate(end[rising])
+    # Where no interval before reaches, a stretch of one bucket begins.
+    fresh = np.ones(len(rising), dtype=bool)
+    fresh[1:] = begin[rising][1:] >= reach[:-1]
+    stretch = np.empty(len(rising), dtype=np.int64)
+    stretch[rising] = np.cumsum(fresh) - 1
+    starts = begin[rising][fresh]
+    sizes = np.append(reach[:-1][fresh[1:]], reach[-1:]) - starts
+    offsets = np.cumsum(sizes) - sizes
+    members = order[_ranges(starts, sizes)]
+    roots, of = _roots(parent, members), np.repeat(np.arange(len(starts)), sizes)
+    pairs, counts = np.unique((of << 32) | roots, return_counts=True)
+    largest = np.lexsort((counts, pairs >> 32))[np.searchsorted(pairs >> 32, np.arange(len(starts)), "right") - 1]
+    main = pairs[largest] & 0xFFFFFFFF
+    others = roots != main[of]
+    before = np.concatenate([[0], np.cumsum(others)])
+    low = begin - starts[stretch] + offsets[stretch]
+    inside = _roots(parent, later) == main[stretch]
+    yield from _expand(members[others], later[inside], before[low[inside]], (before[low + count] - before[low])[inside])
+    yield from _expand(members, later[~inside], low[~inside], count[~inside])
+
+
+def _expand(order: np.ndarray, later: np.ndarray, begin: np.ndarray, count: np.ndarray) -> Iterator[Pairs]:
+    """Each row of `later` with order[begin : begin + count], in pieces of bounded size."""
     total = np.cumsum(count, dtype=np.int64)
-    begin = 0
-    while begin < len(later):
-        done = total[begin - 1] if begin else 0
-        upto = max(begin + 1, int(np.searchsorted(total, done + _PAIRS, "right")))
-        counts = count[begin:upto].astype(np.int64)
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = np.repeat(end[begin:upto] - counts, counts) + within
-        yield buckets.order[places], np.repeat(later[begin:upto], counts)
-        begin = upto
+    first = 0
+    while first < len(later):
+        done = total[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(total, done + _PAIRS, "right")))
+        counts = count[first:last].astype(np.int64)
+        yield order[_ranges(begin[first:last].astype(np.int64), counts)], np.repeat(later[first:last], counts)
+        first = last
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start .. start + count of each, one behind the other."""
+    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 
 def _unite_near(parent: np.ndarray, first: np.ndarray, second: np.ndarray, words: _Words) -> None:
-    """Unite the groups of the pairs that are near. Pairs within a group need no look, so that thousands of tickets from
-    one template cost a comparison each, not one for every pair."""
+    """Unite the groups of the pairs that are near. Pairs within a group need no look."""
     while len(first):
         apart = _roots(parent, first) != _roots(parent, second)
         first, second = first[apart], second[apart]

@@ -135,7 +135,7 @@ def _file_source(paths: str | list[str], key: str, name: str | None) -> Source:
 
 
 def _file_chunks(files: list[TableFile], columns: dict[str, str]) -> Iterator[Chunk]:
-    """No chunk spans two files, so that a file that is new, wherever it is sorted in, leaves the others' as they are."""
+    """No chunk spans two files, so that a new file, wherever it is sorted in, leaves the chunks of the others."""
     for file in files:
         yield from _packed(read_files([file], columns), list(columns))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class StoredSplit:
         positions = self._positions if chosen is None else self._positions[chosen]
         bounds = self._bounds if chosen is None else np.searchsorted(positions, self._starts)
         parts: list[Any] = []
-        for chunk, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for chunk, (first, last) in enumerate(itertools.pairwise(bounds)):
             if first < last:
                 column = open_texts(self._folder / "chunks" / f"{chunk:06d}.arrow")[name]
                 parts += column.take(pa.array(positions[first:last] - self._starts[chunk])).chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Tickets:
         self._work = work
         self._facts = [load_facts(part.folder) for part in parts]
         self.starts = np.concatenate([[0], np.cumsum([facts["rows"] for facts in self._facts])]).astype(np.int64)
-        self._texts: collections.OrderedDict[int, pa.ChunkedArray] = collections.OrderedDict()
+        self._texts: dict[int, pa.ChunkedArray] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -97,7 +98,7 @@ class Tickets:
     def texts(self, positions: np.ndarray) -> Iterable[str]:
         """Texts at rising positions."""
         places = np.searchsorted(positions, self.starts)
-        for index, (first, last) in enumerate(zip(places, places[1:], strict=False)):
+        for index, (first, last) in enumerate(itertools.pairwise(places)):
             if first < last:
                 taken = self._chunk(index).take(pa.array(positions[first:last] - self.starts[index]))
                 yield from taken.to_pylist()
@@ -114,7 +115,7 @@ class Tickets:
         """One array of all parts: in memory for a block of rows, over a file for more."""
         file = self._work / f"{name}.npy"
         if len(self) <= BLOCK_ROWS:
-            result = np.empty(len(self), dtype=dtype)
+            result: np.ndarray = np.empty(len(self), dtype=dtype)
         else:
             result = np.lib.format.open_memmap(file, "w+", dtype, (len(self),))
         for start, part in zip(self.starts, parts, strict=False):

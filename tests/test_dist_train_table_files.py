@@ -1,4 +1,4 @@
-"""Tickets come in from any tabular file; what is wrong with one is named with its place."""
+"""Rows come in from any tabular file; what is wrong with one is named with its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_train.errors import DataError
-from recipes.ticket_routing.read import expand_files, open_dataset, read_dataset, read_files
+from dist_train.table_files import expand_files, read_files
+from recipes.ticket_routing.datasets_source import open_dataset, read_dataset
 
 COLUMNS = {"text": "data.text_columns", "queue": "data.label_column"}
 ROWS = [{"text": "my laptop,\nit is broken", "queue": "hardware"}, {"text": 'the "vpn" is slow', "queue": "network"}]
@@ -71,6 +72,38 @@ def test_a_folder_saved_by_datasets_is_read_with_its_class_names(tmp_path: Path,
         list(read_dataset(loaded[split or ""], "saved", {"label": "data.label_column"}))
 
 
+def test_all_columns_are_read_where_none_are_named(tmp_path: Path) -> None:
+    for name, write in WRITERS.items():
+        write(tmp_path / name)
+        rows = [row for batch in read_files(expand_files(str(tmp_path / name), "data.path")) for row in batch]
+        assert [{key: row[key] for key in ROWS[0]} for row in rows] == ROWS, name
+        assert set(rows[0]) <= {"id", "text", "queue"}
+
+
+def test_a_folder_of_parquet_is_read_in_order_and_its_partitions_are_columns(tmp_path: Path) -> None:
+    for part, text in (("month=02/queue=b", "late"), ("month=01/queue=a%2Fb", "early"), ("month=01/queue=a", "first")):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [text]}), tmp_path / "data" / part / "part-0.parquet")
+    (tmp_path / "data" / "month=01" / "queue=__HIVE_DEFAULT_PARTITION__").mkdir()
+    nameless = tmp_path / "data" / "month=01" / "queue=__HIVE_DEFAULT_PARTITION__" / "part-0.parquet"
+    pq.write_table(pa.table({"text": ["nameless"]}), nameless)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), nameless.with_name("part-1.parquet"))
+    nameless.with_name("_metadata.parquet").write_bytes(b"of no interest")
+    columns = {"text": "data.text_columns", "queue": "data.label_column", "month": "data.split_column"}
+    rows = _read(tmp_path / "data", columns=columns)
+    assert [(row["text"], row["queue"], row["month"]) for row in rows] == [
+        ("nameless", None, "01"),
+        ("first", "a", "01"),
+        ("early", "a/b", "01"),
+        ("late", "b", "02"),
+    ]
+    with pytest.raises(DataError, match="no column 'year'"):
+        _read(tmp_path / "data", columns={"year": "data.time_column"})
+    files = expand_files(str(tmp_path / "data"), "data.path")
+    assert [row for batch in read_files(files[1:2]) for row in batch] == []
+    assert files[0].num_rows() == 1
+
+
 def test_a_plain_folder_is_no_data_set(tmp_path: Path) -> None:
     assert open_dataset(str(tmp_path), None) is None
     with pytest.raises(DataError, match="a folder that `datasets` did not save"):
@@ -81,7 +114,7 @@ def test_a_plain_folder_is_no_data_set(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.csv", b"", ["a.csv is empty", "data.path"]),
-        ("a.csv", b"text,queue\n", ["has a header, but no tickets"]),
+        ("a.csv", b"text,queue\n", ["has a header, but no rows"]),
         ("a.csv", b"text,label\nx,y\n", ["no column 'queue'", "Columns that exist: text, label", "data.label_column"]),
         ("a.csv", b"text,queue\nx,y\nx,y,z\n", ["a.csv:3: this record has 3 fields", "the header has 2"]),
         ("a.csv", b'text,queue\nx,y\n"never closed,y\n', ["a.csv:3", "quote that is not closed"]),
@@ -94,7 +127,7 @@ def test_a_plain_folder_is_no_data_set(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x", "queue": "y"}\n{"text": \n', ["a.jsonl:2: this line is no JSON"]),
         ("a.jsonl", b'["x"]\n', ["a.jsonl:1", "must be a JSON object", "list"]),
         ("a.jsonl", b'{"text": "x"}\n', ["a.jsonl:1 has no column 'queue'"]),
-        ("a.jsonl", b"\n\n", ["no tickets in it"]),
+        ("a.jsonl", b"\n\n", ["no rows in it"]),
         ("a.parquet", b"PAR1 and nothing else", ["a.parquet is no Parquet file"]),
         ("a.xlsx", b"x", ["ending that is not known", ".csv"]),
     ],

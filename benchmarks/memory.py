@@ -132,6 +132,7 @@ def measure_case(case: Case) -> dict[str, int]:
     """On one rank: the measured peak of a step, and the bytes that are held after a backward pass."""
     from dist_train.deepspeed_config import deepspeed_config
     from dist_train.engine import Engine
+    from dist_train.layers import prepare_layers
     from dist_train.peak import live_tensor_bytes, measured
 
     plan, optim = launch_plan(case), optimizer_config()
@@ -139,7 +140,8 @@ def measure_case(case: Case) -> dict[str, int]:
     engine = Engine(plan, 300, deepspeed)
     task = Task(case.model)
     torch.manual_seed(0)
-    engine.prepare(task.build_model(), optim)
+    model = task.build_model()
+    engine.prepare(model, optim, prepare_layers(model, None, optim))
     held = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()} if case.ema else {}
     batches = [task.example_batch(case.rows, length) for length in case_lengths(case)]
     for batch in batches:
@@ -207,7 +209,7 @@ def profile_and_setting(case: Case) -> tuple[Any, Any]:
     from dist_train.memory_layout import Setting
 
     span = (case.length, case.length) if case.model == "cnn" else (1, 192 if case.model != "lstm" else 128)
-    profile = measure(Task(case.model), case.precision, case.checkpointing, span)
+    profile = measure(Task(case.model), case.precision, case.checkpointing, span, optimizer_config())
     setting = Setting(
         strategy=case.strategy,
         world_size=case.world_size,
@@ -215,6 +217,7 @@ def profile_and_setting(case: Case) -> tuple[Any, Any]:
         first=((case.rows, case.length),),
         later=tuple((case.rows, length) for length in case_lengths(case)[1:]),
         evaluation=(1, case.length),
+        optim=optimizer_config(),
         ema=case.ema,
     )
     return profile, setting

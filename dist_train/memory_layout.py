@@ -263,8 +263,10 @@ class _Units:
                 arrived[ended] = 0
                 sharded += 0 if later else self.shares[ended]
             elif inside:
-                # The flat buffer of the gather and the weights that are copied out of it.
-                between.gathered[interval], between.communication[interval] = outside + inside, inside
+                # The flat buffer of the gather and the weights that are copied out of it; in a forward pass the buffer
+                # of the gather before is let go only then.
+                kept = 0 if backward else self.whole[block - 1]
+                between.gathered[interval], between.communication[interval] = outside + inside, inside + kept
                 between.gradients[interval] = sharded + sum(arrived.values())
             during.gathered[interval] = outside + inside
             # The block before is gathered, and the sum of the block after is not yet waited for.

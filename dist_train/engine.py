@@ -256,7 +256,11 @@ def _accelerator(plan: LaunchPlan, timeout_s: int, deepspeed: dict[str, Any] | N
             # Without this first, Accelerate believes in a world of one on CPU ranks and DeepSpeed refuses the batch.
             PartialState(cpu=True, timeout=timeout.timeout)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed)
-        return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[timeout])
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[timeout])
+        # Accelerate has told transformers of it through this object, and under stage 3 from_pretrained would then make
+        # shards before there is an engine. Models are built whole here, and sharded in `prepare`.
+        plugin.dschf = None
+        return accelerator
     reduction = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[reduction, timeout])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def settings(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     ]
 
 
-def _task(settings: list[str], *extra: str) -> TicketTask:
+def _task(settings: Sequence[str], *extra: str) -> TicketTask:
     config: Any = config_io.load("ticket_routing/finetune", [*settings, *extra], site=False).config
     return TicketTask(config, prepare(config, lambda text: None))
 
@@ -169,22 +171,32 @@ def test_a_tuned_encoder_is_measured_for_the_plan(settings: list[str], extra: li
     assert finished == {index for index, parameter in enumerate(profile.parameters) if parameter.trainable}
 
 
+ADAPTERS, DECAY = "adapters", "layer decay"
+CASES = [(ADAPTERS, "zero3"), (ADAPTERS, "fsdp"), *((ADAPTERS, name) for name in ("ddp", "zero1", "zero2"))]
+CASES += [(DECAY, name) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")]
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "strategy",
-    ["zero3", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("ddp", "zero1", "zero2", "fsdp"))],
+    ("what", "strategy"),
+    [pytest.param(*case, marks=() if case in CASES[:2] else pytest.mark.matrix) for case in CASES],
 )
-@pytest.mark.parametrize("extra", [["optim.lr=1e-3"], LORA], ids=["layer decay", "adapters"])
-def test_an_encoder_is_tuned_alike_under_every_strategy(settings: list[str], strategy: str, extra: list[str]) -> None:
-    words = [*settings, *extra, "train.epochs=null", "train.steps=8"]
-    expected, weights = run_ranks(1, _take_steps, words, "single", 1)[0]
+def test_an_encoder_is_tuned_alike_under_every_strategy(settings: list[str], what: str, strategy: str) -> None:
+    extra = LORA if what == ADAPTERS else ["optim.lr=1e-3"]
+    words = (*settings, *extra, "train.epochs=null", "train.steps=8")
+    expected, weights = _alone(words)
     losses, _ = run_ranks(2, _take_steps, words, strategy, 2)[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0]
-    assert any(".lora_B." in name and bool(tensor.any()) for name, tensor in weights.items()) == (extra is LORA)
+    assert any(".lora_B." in name and bool(tensor.any()) for name, tensor in weights.items()) == (what == ADAPTERS)
 
 
-def _take_steps(words: list[str], strategy: str, world_size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+@functools.cache
+def _alone(words: tuple[str, ...]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    return run_ranks(1, _take_steps, words, "single", 1)[0]
+
+
+def _take_steps(words: tuple[str, ...], strategy: str, world_size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     task = _task(words, f"parallel.strategy={strategy}")
     config, run = task.config, RunDir(tempfile.mkdtemp())
     run.logs.mkdir(parents=True)

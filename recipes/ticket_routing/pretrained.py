@@ -104,14 +104,16 @@ def _with_adapters(model: Any, config: ModelConfig) -> nn.Module:
         ) from error
     usual = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     targets: Any = config.lora_targets or usual.get(model.config.model_type, "all-linear")
+    head = _head_modules(model)
     settings = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout or 0.0,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        modules_to_save=_head_modules(model),
-        exclude_modules=_head_modules(model),
+        # PEFT adds classifier and score by itself.
+        modules_to_save=[name for name in head if name not in ("classifier", "score")] or None,
+        exclude_modules=head,
     )
     try:
         return peft.get_peft_model(model, settings)

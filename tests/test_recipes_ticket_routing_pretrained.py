@@ -27,10 +27,11 @@ from dist_train.loop import train
 from dist_train.parameter_groups import describe_groups
 from dist_train.parity import whole_weights
 from dist_train.plan import make_plan
+from dist_train.prepared import prepare
+from dist_train.recipe import load_recipe
 from dist_train.resume import build_training
 from dist_train.rundir import RunDir, write_json
 from dist_train.stop import StopFlag
-from recipes.ticket_routing.data import prepare
 from recipes.ticket_routing.task import TicketTask
 from tests.fakes import curve
 from tests.front_door import write_tickets
@@ -56,7 +57,7 @@ def settings(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def _task(settings: Sequence[str], *extra: str) -> TicketTask:
     config: Any = config_io.load("ticket_routing/finetune", [*settings, *extra], site=False).config
-    return TicketTask(config, prepare(config, lambda text: None))
+    return TicketTask(config, prepare(config, load_recipe(config.recipe), lambda text: None))
 
 
 def _batch(task: TicketTask, count: int = 8) -> dict[str, torch.Tensor]:

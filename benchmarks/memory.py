@@ -1,6 +1,6 @@
 """Predicted against measured peak of a training step, on CPU ranks: one JSON line a configuration, then the errors.
 
-    python -m benchmarks.memory                # all 24 and the states of large models, some minutes
+    python -m benchmarks.memory                # all 24, what fine-tuning adds, the states of large models: minutes
     python -m benchmarks.memory held_out zero3 # those whose name holds each word; states: bytes between passes alone
 
 Eight of the 24 were chosen before the formulas were tuned on the other sixteen, and never used for that.
@@ -35,12 +35,14 @@ class Case:
     checkpointing: bool = False
     ema: bool = False
     held_out: bool = False
+    tuned: str = ""
+    """A key of TUNED."""
 
     @property
     def name(self) -> str:
         words = [self.model, f"{self.strategy}x{self.world_size}", f"{self.micro_batches}x{self.rows}x{self.length}"]
         words += [self.precision, *["checkpointing"] * self.checkpointing, *["ema"] * self.ema]
-        return " ".join([*words, *["held_out"] * self.held_out])
+        return " ".join([*words, *["held_out"] * self.held_out, *[self.tuned] * bool(self.tuned)])
 
 
 TRANSFORMERS = {
@@ -77,6 +79,19 @@ CASES = (
     Case("medium", "zero2", 2, 12, 3, 96, checkpointing=True, held_out=True),
     Case("large", "zero3", 4, 2, 2, 96, checkpointing=True, held_out=True),
     Case("large", "fsdp", 2, 4, 3, 96, precision="bf16", checkpointing=True, ema=True, held_out=True),
+)
+
+# Many parameter groups, and frozen layers.
+TUNED: dict[str, dict[str, Any]] = {
+    "": {},
+    "decay": {"layer_decay": 0.9},
+    "frozen_half": {"layer_decay": 0.9, "freeze": 3},
+    "frozen_backbone": {"freeze": "backbone"},
+}
+FINE_TUNED = tuple(
+    Case("medium", strategy, 2, 8, 1, 128, tuned=tuned)
+    for tuned in ("decay", "frozen_half", "frozen_backbone")
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp")
 )
 
 # Weights, gradients and optimizer state of 72 M parameters, after a backward pass.
@@ -120,6 +135,9 @@ class Task:
         options, vocabulary = TRANSFORMERS[self.model]
         return TicketClassifier(TransformerEncoder(ModelConfig(**options), vocabulary, 192, 8))
 
+    def is_head(self, name: str) -> bool:
+        return "head." in name
+
     def example_batch(self, rows: int, length: int) -> Batch:
         labels = torch.zeros(rows, dtype=torch.int64)
         if self.model == "cnn":
@@ -132,14 +150,16 @@ def measure_case(case: Case) -> dict[str, int]:
     """On one rank: the measured peak of a step, and the bytes that are held after a backward pass."""
     from dist_train.deepspeed_config import deepspeed_config
     from dist_train.engine import Engine
+    from dist_train.layers import prepare_layers
     from dist_train.peak import live_tensor_bytes, measured
 
-    plan, optim = launch_plan(case), optimizer_config()
+    plan, optim = launch_plan(case), optimizer_config(case)
     deepspeed = deepspeed_config(plan, optim.clip_norm) if case.strategy.startswith("zero") else None
     engine = Engine(plan, 300, deepspeed)
     task = Task(case.model)
     torch.manual_seed(0)
-    engine.prepare(task.build_model(), optim)
+    model = task.build_model()
+    engine.prepare(model, optim, prepare_layers(model, task.is_head, optim))
     held = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()} if case.ema else {}
     batches = [task.example_batch(case.rows, length) for length in case_lengths(case)]
     for batch in batches:
@@ -196,10 +216,10 @@ def launch_plan(case: Case) -> Any:
     )
 
 
-def optimizer_config() -> Any:
+def optimizer_config(case: Case) -> Any:
     from dist_train.config import OptimConfig
 
-    return OptimConfig()
+    return OptimConfig(**TUNED[case.tuned])
 
 
 def profile_and_setting(case: Case) -> tuple[Any, Any]:
@@ -207,7 +227,7 @@ def profile_and_setting(case: Case) -> tuple[Any, Any]:
     from dist_train.memory_layout import Setting
 
     span = (case.length, case.length) if case.model == "cnn" else (1, 192 if case.model != "lstm" else 128)
-    profile = measure(Task(case.model), case.precision, case.checkpointing, span)
+    profile = measure(Task(case.model), case.precision, case.checkpointing, span, optimizer_config(case))
     setting = Setting(
         strategy=case.strategy,
         world_size=case.world_size,
@@ -215,6 +235,7 @@ def profile_and_setting(case: Case) -> tuple[Any, Any]:
         first=((case.rows, case.length),),
         later=tuple((case.rows, length) for length in case_lengths(case)[1:]),
         evaluation=(1, case.length),
+        optim=optimizer_config(case),
         ema=case.ema,
     )
     return profile, setting
@@ -224,7 +245,7 @@ def main(words: list[str]) -> int:
     from dist_train.memory import estimate, state_bytes
 
     errors: list[tuple[bool, float]] = []
-    for case in [*CASES, *STATES]:
+    for case in [*CASES, *FINE_TUNED, *STATES]:
         is_state = case in STATES
         if not all(word in (*case.name.split(), case.strategy, "states" if is_state else "peaks") for word in words):
             continue
@@ -235,7 +256,7 @@ def main(words: list[str]) -> int:
         else:
             predicted, measured = estimate(profile, setting).peak, max(answer["peak"] for answer in answers)
         error = predicted / measured - 1
-        if not is_state:
+        if case in CASES:
             errors.append((case.held_out, error))
         what = "state" if is_state else "peak"
         line = {"case": case.name, "of": what, "predicted": predicted, "measured": measured, "error": round(error, 4)}

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train.blocks import checkpoint_activations, repeated_blocks
-from dist_train.config import RunConfig
+from dist_train.config import OptimConfig, RunConfig
 from dist_train.config_io import load
 from dist_train.errors import UnmeasuredError
+from dist_train.layers import prepare_layers
 from dist_train.model_profile import (
     NO_GRADIENT,
     OUTSIDE,
@@ -139,15 +140,17 @@ class Recorder:
         return hook
 
 
-def measure(task: Task, precision: str, checkpointing: bool, lengths: tuple[int, int]) -> ModelProfile:
-    """The profile of `task`'s model. lengths: (shortest, longest) row."""
+def measure(
+    task: Task, precision: str, checkpointing: bool, lengths: tuple[int, int], optim: OptimConfig
+) -> ModelProfile:
+    """The profile of `task`'s model, as far as `optim` trains it. lengths: (shortest, longest) row."""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            return _measure(task, precision, checkpointing, lengths, _FAKE_ROWS, mode)
+            return _measure(task, precision, checkpointing, lengths, optim, _FAKE_ROWS, mode)
     except Exception as error:
         # Not every model runs on fake tensors: shapes that depend on data, numpy, kernels of its own.
         print(f"no profile under fake tensors ({type(error).__name__}: {error}); a small real pass instead")
-        return _measure(task, precision, checkpointing, lengths, _REAL_ROWS, None)
+        return _measure(task, precision, checkpointing, lengths, optim, _REAL_ROWS, None)
 
 
 def _measure(
@@ -155,13 +158,15 @@ def _measure(
     precision: str,
     checkpointing: bool,
     lengths: tuple[int, int],
+    optim: OptimConfig,
     rows: tuple[int, ...],
     mode: FakeTensorMode | None,
 ) -> ModelProfile:
     model = task.build_model()
+    layers = prepare_layers(model, getattr(task, "is_head", None), optim)
     block_of = _blocks_of_parameters(model)
     parameters = tuple(
-        Parameter(name, tuple(p.shape), block_of[name], p.requires_grad, p.numel())
+        Parameter(name, tuple(p.shape), block_of[name], p.requires_grad, p.numel(), layers.depth[name])
         for name, p in model.named_parameters()
     )
     if checkpointing:
@@ -264,7 +269,7 @@ def measure_for(config: RunConfig, prepared: Path, out: Path, precision: str) ->
     lengths = task.rows("train").lengths
     span = (int(lengths.min()), int(lengths.max()))
     try:
-        profile = measure(task, precision, config.train.activation_checkpointing, span)
+        profile = measure(task, precision, config.train.activation_checkpointing, span, config.optim)
     except Exception as error:  # whatever a recipe's model needs that is not here
         raise UnmeasuredError(f"the model could not be measured: {type(error).__name__}: {error}") from error
     store_profile(out, profile)

@@ -112,6 +112,27 @@ class OptimConfig(Section):
     """Learning rate at the last step as a share of `lr` (cosine and linear)."""
     clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Largest global gradient norm; null turns clipping off."""
+    head_lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak learning rate of the head, which the task adds to a pretrained model; null takes `lr`."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Factor on the learning rate of a layer for each block that lies above it; null gives all layers one rate."""
+    freeze: Literal["backbone"] | Annotated[int, Field(ge=0)] | None = None
+    """Never train the embeddings and so many blocks, or the whole backbone (all but the head); null trains all."""
+    unfreeze_every_steps: Positive | None = None
+    """Train the head alone at first, then one block more, from the top, each so many steps; null trains all at once."""
+
+    @model_validator(mode="after")
+    def _what_is_frozen_has_no_rates(self) -> Self:
+        for key, value, off in (
+            ("layer_decay", self.layer_decay, (None, 1.0)),
+            ("unfreeze_every_steps", self.unfreeze_every_steps, (None,)),
+        ):
+            if self.freeze == "backbone" and value not in off:
+                raise ValueError(
+                    f"optim.{key} is {value}, but optim.freeze is backbone, which trains the head alone: set "
+                    f"optim.{key} to null, or optim.freeze to null or a number of blocks"
+                )
+        return self
 
 
 class ParallelConfig(Section):

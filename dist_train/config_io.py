@@ -309,7 +309,7 @@ def _build(model: type[RunConfig], given: Mapping[str, Given], problems: list[st
     try:
         return model.model_validate(_nested(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(entry, given, keys) for entry in error.errors())) from None
+        raise ConfigError("\n".join(dict.fromkeys(_explain(entry, given, keys) for entry in error.errors()))) from None
 
 
 def _explain(entry: Any, given: Mapping[str, Given], keys: Mapping[str, Key]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from dist_train.blocks import checkpoint_activations, compile_blocks
 from dist_train.config import OptimConfig
 from dist_train.errors import ConfigError
 from dist_train.optim import make_optimizer
+from dist_train.parameter_groups import Layers
 from dist_train.plan import LaunchPlan
 from dist_train.scaler import LossScaler
 from dist_train.strategy_fsdp import Fsdp
@@ -54,17 +55,17 @@ class Engine:
         if plan.deterministic:
             torch.use_deterministic_algorithms(True)
 
-    def prepare(self, model: nn.Module, config: OptimConfig) -> None:
-        """Wrap the model and make its optimizer. `self.module` is the bare model: its names do not depend on the
-        strategy, and what touches its weights goes through `self.strategy`."""
+    def prepare(self, model: nn.Module, config: OptimConfig, layers: Layers) -> None:
+        """Wrap the model and make its optimizer over what is trainable. `self.module` is the bare model: its names do
+        not depend on the strategy, and what touches its weights goes through `self.strategy`."""
         plan = self.plan
         if plan.activation_checkpointing and checkpoint_activations(model) == 0:
             raise _no_blocks("train.activation_checkpointing")
         if plan.compile and compile_blocks(model) == 0:
             raise _no_blocks("train.compile")
 
-        def optimizer(leaves: list[Tensor]) -> torch.optim.Optimizer:
-            return make_optimizer(leaves, config)
+        def optimizer(named: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+            return make_optimizer(named, config, layers)
 
         bf16 = plan.communication == "bf16"
         self.clip_norm = config.clip_norm
@@ -83,7 +84,7 @@ class Engine:
     def _prepare_zero(self, model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> Zero:
         from deepspeed.utils import safe_get_full_grad
 
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         wrapped, _ = self.accelerator.prepare(model, optimizer(trained))
         return Zero(wrapped, int(self.plan.strategy[-1]), self.rank, safe_get_full_grad)
 
@@ -255,7 +256,11 @@ def _accelerator(plan: LaunchPlan, timeout_s: int, deepspeed: dict[str, Any] | N
             # Without this first, Accelerate believes in a world of one on CPU ranks and DeepSpeed refuses the batch.
             PartialState(cpu=True, timeout=timeout.timeout)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed)
-        return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[timeout])
+        accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=[timeout])
+        # Accelerate has told transformers of it through this object, and under stage 3 from_pretrained would then make
+        # shards before there is an engine. Models are built whole here, and sharded in `prepare`.
+        plugin.dschf = None
+        return accelerator
     reduction = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[reduction, timeout])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.config import OptimConfig
 from dist_train.data import Schedule, partition
 from dist_train.errors import ConfigError
 from dist_train.hardware import Hardware
@@ -40,6 +41,8 @@ class Need:
     bf16_communication: bool
     overlaps: bool
     checkpointing: bool
+    optim: OptimConfig
+    """How the parameters are grouped."""
     compiles: bool = False
     host_bytes: int | None = None
     """What a rank may take of the CPU's memory for offload; None where it is not known."""
@@ -204,6 +207,7 @@ def setting_of(
         offload=need.offload,
         bf16_communication=need.bf16_communication,
         overlaps=need.overlaps,
+        optim=need.optim,
     )
 
 

@@ -217,7 +217,7 @@ def _launch(training: Training, schedule: Schedule, data: StepData, wants_save: 
         last = index == len(data.batches) - 1
         loss_sum += engine.backward(engine.to_device(batch), data.total_weight, last).double()
     lr = lr_at(state.step, plan.steps, config.optim)
-    set_lr(engine.strategy.optimizer, lr)
+    set_lr(engine.strategy.optimizer, lr, state.step)
     # One collective carries the loss and what the ranks must agree on.
     said = [float(bool(training.stop)), float(wants_save), *map(float, training.saver.wishes())]
     wishes = torch.cat([loss_sum[None], torch.tensor(said, dtype=torch.float64).to(engine.device, non_blocking=True)])

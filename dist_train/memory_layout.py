@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dist_train.config import OptimConfig
 from dist_train.model_profile import NO_GRADIENT, OUTSIDE, ModelProfile, Parameter, Timeline
+from dist_train.parameter_groups import Layers, group_parameters
 from dist_train.zero_sizes import (
     REDUCE_BUCKET_SIZE,
     STAGE3_MAX_LIVE_PARAMETERS,
@@ -41,6 +43,8 @@ class Setting:
     """The same of all micro-batches after the first; they find gradients there."""
     evaluation: tuple[int, int]
     """(rows, padded length) of the largest batch in evaluation."""
+    optim: OptimConfig
+    """How the parameters are grouped."""
     optimizer_states: int = 2
     ema: bool = False
     offload: str | None = None
@@ -109,12 +113,12 @@ def _replicated(profile: ModelProfile, setting: Setting) -> Layout:
 
 
 def _zero12(profile: ModelProfile, setting: Setting) -> Layout:
-    """The weights lie in flat groups (matrices, vectors); each rank has a clone of its partition of each, with the
+    """The weights lie in flat groups (see `group_parameters`); each rank has a clone of its partition of each, with the
     optimizer's state. Gradients are copied into a bucket, summed from a flat copy of it, and what belongs to this
     rank's partition is copied out: after the last backward pass (zero1) or within each (zero2)."""
     world, stage, more = setting.world_size, int(setting.strategy[-1]), setting.micro_batches > 1
     offloaded = setting.offload is not None
-    groups = _flat_groups(profile)
+    groups = _flat_groups(profile, setting.optim)
     parts = [_flat_partition(group, world) for group in groups]
     partition, trainable = FP32 * sum(parts), FP32 * profile.trainable
     own = 0 if offloaded else FP32 * max(_touched(groups, world, rank) for rank in range(world))
@@ -166,7 +170,8 @@ def _zero3(profile: ModelProfile, setting: Setting) -> Layout:
     flush = _Flushes(profile, timeline)
     gradients = np.zeros_like(gathered) + (0 if offloaded else trained) + FP32 * flush.oversized
     optimizer = setting.optimizer_states * trained
-    sub_group = max((sum(-(-p.numel // world) for p in group) for group in _flat_groups(profile)), default=0)
+    groups = _flat_groups(profile, setting.optim)
+    sub_group = max((sum(-(-p.numel // world) for p in group) for group in groups), default=0)
     outside = sum(p.numel for p in profile.parameters if p.block == OUTSIDE)
     moving = coming + flush.copies
     at_end = (0 if offloaded else trained) + FP32 * flush.oversized_at_end
@@ -258,8 +263,10 @@ class _Units:
                 arrived[ended] = 0
                 sharded += 0 if later else self.shares[ended]
             elif inside:
-                # The flat buffer of the gather and the weights that are copied out of it.
-                between.gathered[interval], between.communication[interval] = outside + inside, inside
+                # The flat buffer of the gather and the weights that are copied out of it; in a forward pass the buffer
+                # of the gather before is let go only then.
+                kept = 0 if backward else self.whole[block - 1]
+                between.gathered[interval], between.communication[interval] = outside + inside, inside + kept
                 between.gradients[interval] = sharded + sum(arrived.values())
             during.gathered[interval] = outside + inside
             # The block before is gathered, and the sum of the block after is not yet waited for.
@@ -298,11 +305,13 @@ def _ring(size: int, world: int) -> int:
     return size * (world - 1) // world
 
 
-def _flat_groups(profile: ModelProfile) -> list[list[Parameter]]:
-    """The optimizer's groups: matrices, vectors (optim.parameter_groups)."""
-    trained = [parameter for parameter in profile.parameters if parameter.trainable]
-    groups = [[p for p in trained if len(p.shape) >= 2], [p for p in trained if len(p.shape) < 2]]
-    return [group for group in groups if group]
+def _flat_groups(profile: ModelProfile, optim: OptimConfig) -> list[list[Parameter]]:
+    """The optimizer's groups."""
+    trained = {parameter.name: parameter for parameter in profile.parameters if parameter.trainable}
+    num_blocks = max((parameter.block for parameter in profile.parameters), default=OUTSIDE) + 1
+    layers = Layers({name: parameter.depth for name, parameter in trained.items()}, num_blocks)
+    groups = group_parameters([(name, len(parameter.shape)) for name, parameter in trained.items()], layers, optim)
+    return [[trained[name] for name in group.names] for group in groups]
 
 
 def _flat_partition(group: list[Parameter], world: int) -> int:

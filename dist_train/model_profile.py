@@ -18,7 +18,7 @@ from dist_train.prepared import cache_folder
 from dist_train.rundir import json_text, write_atomic
 
 # Changes whenever the same model would be measured differently.
-VERSION = 1
+VERSION = 2
 OUTSIDE = -1
 """The block of parameters that lie in none: embeddings, last norm, head."""
 NO_GRADIENT = -1
@@ -32,6 +32,8 @@ class Parameter:
     """Which repeated block it belongs to, or OUTSIDE."""
     trainable: bool
     numel: int
+    depth: int
+    """Of its layer, see `parameter_groups.Layers`."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def profile_file(config: RunConfig, data_fingerprint: str, precision: str, code:
         "data": data_fingerprint,
         "precision": precision,
         "activation_checkpointing": config.train.activation_checkpointing,
+        "freeze": config.optim.freeze,
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(code.glob("*.py"))],
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

@@ -199,6 +199,7 @@ def need_of(config: RunConfig, device: str, world: int) -> Need:
         bf16_communication=config.parallel.communication == "bf16",
         overlaps=device == "cuda",
         checkpointing=config.train.activation_checkpointing,
+        optim=config.optim,
         compiles=config.train.compile,
     )
 

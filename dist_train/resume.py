@@ -16,7 +16,9 @@ from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.events import log_event, read_lines
 from dist_train.heartbeat import Heartbeat
+from dist_train.layers import prepare_layers
 from dist_train.loop import Training, TrainState, make_saver
+from dist_train.parameter_groups import describe_groups
 from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir, read_json
@@ -54,7 +56,14 @@ def build_training(
             "is missing. To train on the CPU hide the GPUs with CUDA_VISIBLE_DEVICES= (empty)."
         )
     torch.manual_seed(derive_seed(INIT, config.seed))
-    engine.prepare(task.build_model(), config.optim)
+    model = task.build_model()
+    layers = prepare_layers(model, getattr(task, "is_head", None), config.optim)
+    named = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    if engine.rank == 0:
+        for line in describe_groups(named, layers, config.optim, plan.steps):
+            print(line, flush=True)
+            log_event(run.events, "progress", message=line)
+    engine.prepare(model, config.optim, layers)
     ema = None
     if config.train.ema_decay is not None:
         ema = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()}

@@ -42,7 +42,7 @@ from dist_train.rundir import (
 
 _PACKAGES = (
     *("torch", "accelerate", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "wandb"),
-    *("pydantic", "numpy", "pyarrow", "scikit-learn"),
+    *("pydantic", "numpy", "pyarrow", "scikit-learn", "peft"),
 )
 # Below this a run would hardly write its logs; the checkpoints' need is known once the model is.
 _LEAST_FREE_MIB = 64

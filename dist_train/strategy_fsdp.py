@@ -56,8 +56,10 @@ class Fsdp:
             self._names.append(name)
             self._sharded.append(parameter)
             self._locals.append(nn.Parameter(parameter.to_local().detach(), requires_grad=parameter.requires_grad))
-        self.leaves = [local for local in self._locals if local.requires_grad]
-        self.optimizer = make_optimizer(self.leaves)
+        named = zip(self._names, self._locals, strict=True)
+        trained = [(name, local) for name, local in named if local.requires_grad]
+        self.leaves = [local for _, local in trained]
+        self.optimizer = make_optimizer(trained)
 
     def forward(self, batch: Batch) -> Any:
         return self.module(batch)

@@ -29,8 +29,9 @@ class Replicated:
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         if self._ddp is not None and bf16:
             self._ddp.register_comm_hook(None, lambda _, bucket: _averaged_in_bf16(bucket))
-        self.leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(self.leaves)
+        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.leaves = [parameter for _, parameter in trained]
+        self.optimizer = make_optimizer(trained)
 
     def forward(self, batch: Batch) -> Any:
         return self._wrapped(batch)

@@ -69,6 +69,8 @@ class Task(Protocol):
     answers(outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table
         What a user reads of the module's outputs, one line a row. decision: what score.py's `calibrate` made of the
         validation split. For predictions.
+    is_head(name: str) -> bool
+        Whether a parameter of the model, by its name, is of its head. For what fine-tuning sets apart in `optim`.
     save_model(model: nn.Module, folder: Path) -> None, and load_model(folder: Path) -> nn.Module
         The model in a form of its own, and from that folder alone. Else its state in model.safetensors, and
         `build_model` to read it.

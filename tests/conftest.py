@@ -1,4 +1,4 @@
-"""What several test files train once and share."""
+"""What several test files make once and share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.encoders import make_encoder
 from tests.front_door import dist_train, run_tickets, write_tickets
 
 
@@ -22,3 +23,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stdout + done.stderr
         (folder / f"whole{ranks}.txt").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder with a tokenizer for the tickets of `write_tickets`."""
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "bert")

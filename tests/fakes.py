@@ -90,6 +90,9 @@ class TinyTask:
     def build_model(self) -> nn.Module:
         return TinyModel(self.dropout) if self.model is None else MODELS[self.model]()
 
+    def is_head(self, name: str) -> bool:
+        return name.removeprefix("body.").startswith("head.")
+
     def rows(self, split: str) -> TinyRows:
         if split == "train":
             return TinyRows(split, self.num_rows, self.record)

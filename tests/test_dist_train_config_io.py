@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dist_train import config_io
+from dist_train.config import RunConfig
 from dist_train.config_io import flatten, load
 from dist_train.errors import ConfigError, ToolkitError, UnsafeInputError
 from dist_train.rundir import RunDir
@@ -234,6 +235,17 @@ def test_the_fingerprint_of_a_result_changes_with_what_defines_it_and_nothing_el
     assert base != other
 
 
+def test_what_is_out_of_every_range_of_a_key_is_said_once() -> None:
+    assert _refused("ticket_routing", "optim.freeze=-1").count("optim.freeze is -1, but backbone or a whole") == 1
+
+
+def test_a_run_of_an_earlier_version_still_has_its_fingerprint() -> None:
+    """Recorded before the keys of fine-tuning were there: those that are off must not count."""
+    config = RunConfig(recipe="tiny")
+    recorded = "59f5a9547aefd97d10e5147016db0b2801bd5827d1d926ff1a6b4b68cc952b6a"
+    assert config_io.result_fingerprint(config) == recorded
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -243,11 +255,11 @@ def test_the_fingerprint_of_a_result_changes_with_what_defines_it_and_nothing_el
         (["parallel.strategy=zero3", "train.compile=true"], ["train.compile is true", "fsdp"]),
         (["parallel.deepspeed_config=ds.json"], ["parallel.deepspeed_config is given", "auto"]),
         (["train.micro_batch_size=0"], ["train.micro_batch_size"]),
+        (["optim.freeze=backbone", "optim.layer_decay=.9"], ["optim.layer_decay is 0.9", "set optim.layer_decay to"]),
+        (["optim.freeze=backbone", "optim.unfreeze_every_steps=9"], ["optim.unfreeze_every_steps is 9"]),
     ],
 )
-def test_combinations_of_sharding_that_cannot_be_are_refused_with_the_key_to_change(
-    settings: list[str], words: list[str]
-) -> None:
+def test_combinations_that_cannot_be_are_refused_with_the_key_to_change(settings: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as refusal:
         config_io.load("ticket_routing/demo", settings, site=False)
     for word in words:

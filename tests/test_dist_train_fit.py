@@ -24,7 +24,7 @@ def _profile(checkpointing: bool, parameters: int = 2**28, row_bytes: int = GIB 
     """A model of 1 GiB of weights in four blocks, whose activations take `row_bytes` a row; a quarter with
     checkpointing."""
     blocks = tuple(
-        Parameter(f"block.{index}.weight", (1024, parameters // 4096), index, True, parameters // 4)
+        Parameter(f"block.{index}.weight", (1024, parameters // 4096), index, True, parameters // 4, index + 1)
         for index in range(4)
     )
     row = row_bytes // 4 if checkpointing else row_bytes

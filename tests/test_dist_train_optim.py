@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dist_train.config import OptimConfig
-from dist_train.optim import lr_at, make_optimizer, parameter_groups
+from dist_train.layers import find_layers
+from dist_train.optim import lr_at, make_optimizer
 
 
 def _rates(total: int = 100, **settings: Any) -> list[float]:
@@ -40,7 +41,9 @@ def test_the_shortest_schedules_train_too(total: int) -> None:
 def test_biases_and_norms_are_not_decayed() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.LayerNorm(3))
     model[1].weight.requires_grad = False
-    decayed, plain = parameter_groups([leaf for leaf in model.parameters() if leaf.requires_grad], 0.1)
+    trained = [(name, leaf) for name, leaf in model.named_parameters() if leaf.requires_grad]
+    groups = make_optimizer(trained, OptimConfig(weight_decay=0.1), find_layers(model, None)).param_groups
+    decayed, plain = groups
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 3)]
     assert [tuple(parameter.shape) for parameter in plain["params"]] == [(3,)] * 3
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -52,7 +55,7 @@ def test_one_step_is_that_of_the_formula(name: str) -> None:
     nn.init.ones_(model.weight)
     config = OptimConfig(name=name, lr=0.1, weight_decay=0.5, momentum=0.9)
     model.weight.grad = torch.full_like(model.weight, 2.0)
-    make_optimizer([model.weight], config).step()
+    make_optimizer(model.named_parameters(), config, find_layers(model, None)).step()
     # AdamW: decay 1 - lr * wd, then the first step's size is lr. SGD: lr * (gradient + wd * weight).
     expected = 1 - 0.1 * 0.5 - 0.1 if name == "adamw" else 1 - 0.1 * (2.0 + 0.5)
     assert model.weight.item() == pytest.approx(expected, abs=1e-6)

@@ -26,6 +26,7 @@ from dist_train.rundir import RunDir
 from dist_train.stop import StopFlag
 from recipes.ticket_routing.model import TicketClassifier, TransformerEncoder
 from recipes.ticket_routing.task import TicketTask
+from tests.encoders import make_encoder
 from tests.front_door import write_tickets
 from tests.ranks import run_ranks
 
@@ -40,19 +41,7 @@ GOLDEN = [2.039615608751774, 2.417993016541004, 2.195087641477585]
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared tickets, and a small BERT with the very tokenizer of these tickets."""
     folder = tmp_path_factory.mktemp("tickets")
-    task = _task(folder, "transformer")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=task.vocabulary,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=192,
-    )
-    transformers.BertModel(config).save_pretrained(folder / "bert")
-    for file in (task.prepared / "tokenizer").iterdir():
-        (folder / "bert" / file.name).write_bytes(file.read_bytes())
+    make_encoder(folder / "bert", _task(folder, "transformer").prepared / "tokenizer")
     return folder
 
 
@@ -198,6 +187,8 @@ def test_every_shipped_recipe_file_takes_steps(desk: Path, tmp_path: Path, recip
     if recipe in LARGE:
         # Two cores cannot train these; what is theirs alone is shrunk, all else stays.
         settings += ["model.layers=1", "model.width=32", "model.heads=2", "model.feedforward=64"]
+    if recipe.endswith("finetune"):
+        settings += [f"model.pretrained={desk}/bert"]
     if not recipe.endswith("demo"):
         settings += [f"data.path={write_tickets(desk / 'tickets.csv')}", "data.label_column=queue"]
     run_ranks(1, _take_steps, recipe, settings, tmp_path)

@@ -90,6 +90,14 @@ class ModelConfig(Section):
     """Inner width of the feed-forward block (transformer)."""
     dropout: Share = 0.1
     """Dropout probability in training."""
+    lora_rank: Positive | None = None
+    """Freeze the pretrained encoder and train LoRA adapters of this rank in it, and the head; null trains all of it."""
+    lora_alpha: Positive | None = None
+    """The adapters' output is multiplied by this over the rank; null takes twice the rank."""
+    lora_dropout: Share | None = None
+    """Dropout probability before the adapters; null takes none."""
+    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Modules that get adapters, for example [q_lin, v_lin], or [all-linear]; null leaves the choice to PEFT."""
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +119,22 @@ class ModelConfig(Section):
             raise ValueError(f"model.width is {self.width}, but must be even: the LSTM has two directions")
         return self
 
+    @model_validator(mode="after")
+    def _adapters_need_an_encoder(self) -> Self:
+        if self.lora_rank is not None and self.pretrained is None:
+            raise ValueError(
+                f"model.lora_rank is {self.lora_rank}, but model.pretrained is null: adapters go into a pretrained "
+                "encoder. Set model.pretrained to a folder or hub name, or model.lora_rank to null"
+            )
+        for key in ("lora_alpha", "lora_dropout", "lora_targets"):
+            value = getattr(self, key)
+            if self.lora_rank is None and value is not None:
+                raise ValueError(
+                    f"model.{key} is {value}, but model.lora_rank is null, so that there are no adapters: set "
+                    f"model.lora_rank, for example to 8, or model.{key} to null"
+                )
+        return self
+
 
 class TaskConfig(Section):
     class_weights: Literal["none", "balanced"] = "none"
@@ -126,3 +150,12 @@ class Config(RunConfig):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
+
+    @model_validator(mode="after")
+    def _adapters_are_not_frozen(self) -> Self:
+        if self.model.lora_rank is not None and self.optim.freeze == "backbone":
+            raise ValueError(
+                f"model.lora_rank is {self.model.lora_rank}, but optim.freeze is backbone, where the adapters lie: set "
+                "optim.freeze to null (the encoder's own weights are frozen anyway), or model.lora_rank to null"
+            )
+        return self

@@ -99,17 +99,6 @@ class LSTMEncoder(nn.Module):
         return self.head(F.dropout(pool(padded, token_mask), self.dropout, self.training))
 
 
-class PretrainedEncoder(nn.Module):
-    """A Hugging Face sequence classifier."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        return self.model(input_ids=token_ids, attention_mask=token_mask.long()).logits
-
-
 def pool(states: Tensor, token_mask: Tensor) -> Tensor:
     """Mean and maximum over the tokens that are no padding: [rows, tokens, width] -> [rows, 2 * width]."""
     mask = token_mask[:, :, None]

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dist_train.errors import ConfigError, DataError
 from dist_train.prepared import load_facts
 from dist_train.records import check_record
 from dist_train.task import Batch, ListedRows
 from recipes.ticket_routing import score
 from recipes.ticket_routing.chunks import join_text
 from recipes.ticket_routing.config import Config, ModelConfig
-from recipes.ticket_routing.hub import check_folder, pretrained_folder
-from recipes.ticket_routing.model import LSTMEncoder, PretrainedEncoder, TicketClassifier, TransformerEncoder
+from recipes.ticket_routing.hub import pretrained_folder
+from recipes.ticket_routing.model import LSTMEncoder, TicketClassifier, TransformerEncoder
+from recipes.ticket_routing.pretrained import PretrainedEncoder, load_pretrained, make_pretrained
 from recipes.ticket_routing.stored import StoredSplit
 
 MODEL_TYPE = "dist_train_ticket_routing"
@@ -57,6 +57,7 @@ class TicketTask:
         counts = np.array([facts["splits"]["train"]["labels"].get(name, 0) for name in self.labels], dtype=np.float64)
         balanced = counts.sum() / (len(counts) * np.maximum(counts, 1))
         self._class_weight = balanced if config.task.class_weights == "balanced" else np.ones(len(counts))
+        self._head: tuple[str, ...] = ("encoder.head.",)
 
     def build_model(self) -> TicketClassifier:
         return TicketClassifier(self._build_encoder(), self.config.task.label_smoothing)
@@ -64,17 +65,15 @@ class TicketTask:
     def _build_encoder(self) -> nn.Module:
         model, data = self.config.model, self.config.data
         if model.kind == "pretrained":
-            assert model.pretrained is not None
             folder = pretrained_folder(self.config, self.prepared, self.facts)
-            encoder = _load_pretrained(folder, self.labels, model.dropout)
-            positions = getattr(encoder.config, "max_position_embeddings", data.max_tokens)
-            if positions < data.max_tokens:
-                raise ConfigError(
-                    f"data.max_tokens is {data.max_tokens}, but {model.pretrained} has {positions} positions: "
-                    f"set data.max_tokens to {positions} or less."
-                )
-            return PretrainedEncoder(encoder)
+            encoder = make_pretrained(folder, model, self.labels, data.max_tokens)
+            self._head = tuple(f"encoder.{prefix}" for prefix in encoder.head_prefixes())
+            return encoder
         return _own_encoder(model, self.vocabulary, data.max_tokens, len(self.labels))
+
+    def is_head(self, name: str) -> bool:
+        """Of a parameter of the model that was built last."""
+        return name.startswith(self._head)
 
     def rows(self, split: str) -> TicketRows:
         return TicketRows(StoredSplit(self.prepared, split), self._class_weight)
@@ -130,7 +129,7 @@ class TicketTask:
         assert isinstance(model, TicketClassifier)
         shutil.copytree(self.prepared / "tokenizer", folder, dirs_exist_ok=True)
         if isinstance(model.encoder, PretrainedEncoder):
-            model.encoder.model.save_pretrained(folder)  # type: ignore[operator]
+            model.encoder.save(folder)
             revision = self.facts.get("pretrained", {}).get("revision")
             source = {"pretrained": self.config.model.pretrained, "revision": revision}
             (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
@@ -152,7 +151,7 @@ class TicketTask:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         labels = [described["id2label"][str(index)] for index in range(len(described["id2label"]))]
         if described["model_type"] != MODEL_TYPE:
-            return TicketClassifier(PretrainedEncoder(_load_pretrained(str(folder), labels, None)))
+            return TicketClassifier(PretrainedEncoder(load_pretrained(str(folder), labels, None)))
         config = ModelConfig.model_validate(described["model"])
         encoder = _own_encoder(config, described["vocab_size"], described["max_tokens"], len(labels))
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
@@ -163,34 +162,3 @@ def _own_encoder(config: ModelConfig, vocabulary: int, max_tokens: int, num_labe
     if config.kind == "lstm":
         return LSTMEncoder(config, vocabulary, num_labels)
     return TransformerEncoder(config, vocabulary, max_tokens, num_labels)
-
-
-def _load_pretrained(source: str, labels: list[str], dropout: float | None) -> nn.Module:
-    """A Hugging Face classifier with a head for these labels, from a folder. Reads safetensors alone, runs no remote
-    code, asks no hub."""
-    check_folder(source)
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
-        if dropout is not None:
-            for key, value in config.to_dict().items():
-                # hidden_dropout_prob, attention_dropout, seq_classif_dropout …: each model has its own names.
-                if "dropout" in key and isinstance(value, float | int) and not isinstance(value, bool):
-                    setattr(config, key, dropout)
-        return AutoModelForSequenceClassification.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,  # whatever it was stored in: the toolkit's precisions compute over fp32 weights
-            ignore_mismatched_sizes=True,  # a head for other labels is made anew
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"model.pretrained is {source}, which could not be loaded: {(str(error).splitlines() or [''])[0]}\n"
-            "Give a folder or hub name with config.json and model.safetensors."
-        ) from error

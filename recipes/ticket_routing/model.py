@@ -110,6 +110,17 @@ class PretrainedEncoder(nn.Module):
         return self.model(input_ids=token_ids, attention_mask=token_mask.long()).logits
 
 
+def label_parameters(encoder: nn.Module) -> list[str]:
+    """Names of the encoder's parameters that have one row a label."""
+    head = "head"
+    if isinstance(encoder, PretrainedEncoder):
+        body = encoder.model.base_model_prefix
+        # Its name differs by model (classifier, score, classifier.out_proj): the last layer that is not the encoder's.
+        outer = [name for name, module in encoder.model.named_modules() if isinstance(module, nn.Linear)]
+        head = "model." + [name for name in outer if not name.startswith(f"{body}.")][-1]
+    return [name for name, _ in encoder.named_parameters() if name in (f"{head}.weight", f"{head}.bias")]
+
+
 def pool(states: Tensor, token_mask: Tensor) -> Tensor:
     """Mean and maximum over the tokens that are no padding: [rows, tokens, width] -> [rows, 2 * width]."""
     mask = token_mask[:, :, None]

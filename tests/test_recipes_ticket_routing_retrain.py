@@ -192,6 +192,25 @@ def test_a_list_that_does_not_match_the_data_is_refused_by_name(
     assert sorted((desk / "prepared").glob("ticket_routing-*")) == before
 
 
+def test_a_listed_queue_is_never_dropped_and_an_unlisted_rare_one_may_be(desk: Path, tmp_path: Path) -> None:
+    rare = "the lease has ended,Legal\n" * 5 + "lunch was cold,Canteen\n"
+    (tmp_path / "rare.csv").write_text((desk / "week1.csv").read_text() + rare)
+    settings = [f"data.path={tmp_path}/rare.csv", "data.drop_labels_below=10", "data.near_duplicates=ignore"]
+    pinned = f"data.labels={json.dumps([*WEEK1, 'Legal'])}"
+    facts = load_facts(_task(desk, "transformer", "", *settings, pinned).prepared)
+    assert sum(facts["splits"][name]["labels"]["Legal"] for name in facts["splits"]) == 5
+    assert any("left out 1 rows of: Canteen" in warning for warning in facts["warnings"])
+    assert _task(desk, "transformer", "", *settings).labels == WEEK1
+
+
+def test_the_row_of_an_unlisted_label_is_counted_over_all_files(desk: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("text,queue\nthe screen is black,Hardware\nthe lease has ended,Legal\n")
+    first = (desk / "week1.csv").read_text().count("\n") - 1
+    both = f"data.path=[{desk}/week1.csv,{tmp_path}/more.csv]"
+    with pytest.raises(DataError, match=rf"'Legal': 1 row\(s\), the first is row {first + 1}\n"):
+        _task(desk, "transformer", "", both, f"data.labels={json.dumps(WEEK1)}")
+
+
 def test_a_queue_that_is_missing_for_a_week_is_kept_and_spoils_no_number(desk: Path) -> None:
     pinned = sorted({*WEEK1, *WEEK2})
     task = _retrain(desk, f"data.labels={json.dumps(pinned)}")

@@ -12,6 +12,11 @@ class ToolkitError(Exception):
     exit_code = 1
     title = "error"
 
+    def __init__(self, message: str, *keys: str) -> None:
+        """keys: the settings to change, where the one who refuses them does not know where they were set."""
+        super().__init__(message)
+        self.keys = keys
+
 
 class ConfigError(ToolkitError):
     exit_code = 2

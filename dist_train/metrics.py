@@ -22,6 +22,7 @@ class Classification:
     def __init__(self, truth: np.ndarray, predicted: np.ndarray, probability: np.ndarray, labels: list[str]) -> None:
         self.labels = labels
         self.rows = len(truth)
+        self._present = np.bincount(truth, minlength=len(labels)) > 0
         self._cell = truth.astype(np.int64) * len(labels) + predicted
         self._rankings = [_ranking(probability[:, index], truth == index) for index in range(len(labels))]
         # float32 rows sum to 1 only nearly; rankings are taken before, since a division makes and breaks ties.
@@ -36,8 +37,9 @@ class Classification:
     def values(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """Every metric by name, rows counted `weights` [n] times; a class's own are named class/LABEL/METRIC.
 
-        Macro means go over all classes; precision and recall without any row are 0. roc_auc and pr_auc (average
-        precision) are means of one class against the rest, over the classes that have rows on both sides.
+        A class of which the split has no row has no metrics (NaN) and no part in the macro means; of the others
+        precision and recall without any row are 0. roc_auc and pr_auc (average precision) are means of one class
+        against the rest, over the classes that have rows on both sides.
         """
         weights = np.ones(self.rows) if weights is None else weights
         total = weights.sum()
@@ -49,9 +51,9 @@ class Classification:
         both = ~np.isnan(areas[:, 0])
         values = {
             "accuracy": hits.sum() / total,
-            "macro_precision": precision.mean(),
-            "macro_recall": recall.mean(),
-            "macro_f1": f1.mean(),
+            "macro_precision": precision[self._present].mean(),
+            "macro_recall": recall[self._present].mean(),
+            "macro_f1": f1[self._present].mean(),
             "weighted_precision": precision @ support / total,
             "weighted_recall": recall @ support / total,
             "weighted_f1": f1 @ support / total,
@@ -62,9 +64,8 @@ class Classification:
         }
         for index, label in enumerate(self.labels):
             values[f"class/{label}/rows"] = support[index]
-            values[f"class/{label}/precision"] = precision[index]
-            values[f"class/{label}/recall"] = recall[index]
-            values[f"class/{label}/f1"] = f1[index]
+            for name, each in (("precision", precision), ("recall", recall), ("f1", f1)):
+                values[f"class/{label}/{name}"] = each[index] if self._present[index] else np.nan
         return {name: float(value) for name, value in values.items()}
 
     def confusion(self, weights: np.ndarray | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ from dist_train import plots
 from dist_train.config import RunConfig
 from dist_train.errors import DataError
 from dist_train.events import read_lines
+from dist_train.init_from import started_from
 from dist_train.metrics import bootstrap_weights, interval
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
@@ -62,6 +63,7 @@ def build_report(
         "remarks": score.remarks(measured["test"]["metrics"]["model"]),
         "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of rows; differences are paired",
         "data": facts,
+        "started_from": started_from(run),
         "training": _training(run, lines),
         "plan": LaunchPlan.from_json(read_json(run.plan)).to_json(),
         "environment": read_json(run.environment),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_train import checkpoint, checkpoint_files
 from dist_train.config import RunConfig
@@ -16,6 +17,7 @@ from dist_train.engine import Engine
 from dist_train.errors import CheckpointError, ConfigError
 from dist_train.events import log_event, read_lines
 from dist_train.heartbeat import Heartbeat
+from dist_train.init_from import record_start
 from dist_train.layers import prepare_layers
 from dist_train.loop import Training, TrainState, make_saver
 from dist_train.parameter_groups import describe_groups
@@ -57,6 +59,7 @@ def build_training(
         )
     torch.manual_seed(derive_seed(INIT, config.seed))
     model = task.build_model()
+    _take_over(run, engine, task, model)
     layers = prepare_layers(model, getattr(task, "is_head", None), config.optim)
     named = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
     if engine.rank == 0:
@@ -73,6 +76,20 @@ def build_training(
     return Training(
         config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, memory, score, fingerprints
     )
+
+
+def _take_over(run: RunDir, engine: Engine, task: Task, model: nn.Module) -> None:
+    """The weights of an earlier run, on every rank alike. Once there is a checkpoint they come from it: what this run
+    started from may be gone by then."""
+    take_over = getattr(task, "take_over", None)
+    if take_over is None:
+        return
+    begun = engine.broadcast(bool(checkpoint_files.committed_steps(run.checkpoints)) if engine.rank == 0 else None)
+    taken = None if begun else take_over(model)
+    if taken is not None and engine.rank == 0:
+        text = record_start(run, taken)
+        print(text, flush=True)
+        log_event(run.events, "progress", message=text)
 
 
 def code_fingerprint(recipe_folder: Path) -> str:

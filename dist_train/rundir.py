@@ -34,6 +34,7 @@ class RunDir:
         self.commands = self.path / "commands.sh"
         self.environment = self.path / "environment.json"
         self.data_facts = self.path / "data.json"
+        self.init_from = self.path / "init_from.json"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.logs = self.path / "logs"

@@ -22,7 +22,7 @@ from dist_train.config import RunConfig
 from dist_train.config_io import Loaded
 from dist_train.contradictions import Settings, refuse
 from dist_train.deepspeed_config import deepspeed_config
-from dist_train.errors import ConfigError, DataError, StorageError, UnmeasuredError
+from dist_train.errors import ConfigError, DataError, StorageError, ToolkitError, UnmeasuredError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.hub import settle_offline
@@ -84,7 +84,7 @@ def new_run(
     check_metric(loaded.config, recipe)
     loaded = pinned(loaded, recipe)
     config = loaded.config
-    facts = prepare_data(config, recipe)
+    facts = prepare_data(config, recipe, loaded.sources)
     start = _planned(directory, config, loaded.sources, facts, world_size, measure)
     check(start)
     create_directory(start, facts, git)
@@ -230,10 +230,19 @@ def pinned(loaded: Loaded, recipe: Recipe) -> Loaded:
     return Loaded(config, sources, loaded.recipe_file)
 
 
-def prepare_data(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
-    """The facts of the prepared data, with the folder that holds it."""
+def prepare_data(config: RunConfig, recipe: Recipe, sources: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The facts of the prepared data, with the folder that holds it.
+
+    sources: where each key was set, for the end of a refusal.
+    """
     settle_offline(config.data)
-    folder = prepared.prepare(config, recipe, lambda text: print(text, flush=True))
+    try:
+        folder = prepared.prepare(config, recipe, lambda text: print(text, flush=True))
+    except ToolkitError as error:
+        if sources is None or not error.keys:
+            raise
+        places = "; ".join(f"{key}: {sources.get(key, 'the default')}" for key in error.keys)
+        raise type(error)(f"{error}\nSet in: {places}.") from error
     return {**prepared.load_facts(folder), "folder": str(folder)}
 
 

@@ -74,6 +74,9 @@ class Task(Protocol):
     save_model(model: nn.Module, folder: Path) -> None, and load_model(folder: Path) -> nn.Module
         The model in a form of its own, and from that folder alone. Else its state in model.safetensors, and
         `build_model` to read it.
+    take_over(model: nn.Module) -> Taken | None
+        Put the weights of an earlier run into a model that `build_model` has made (see init_from.take_weights), alike
+        on every rank; None where the run starts anew. For a run without a checkpoint.
     """
 
     def build_model(self) -> nn.Module:

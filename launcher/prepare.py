@@ -16,7 +16,7 @@ def prepare_recipe(recipe_name: str, overrides: list[str]) -> None:
     recipe = load_recipe(loaded.config.recipe)
     check_metric(loaded.config, recipe)
     config = pinned(loaded, recipe).config
-    facts = prepare_data(config, recipe)
+    facts = prepare_data(config, recipe, loaded.sources)
     for name, text in _lines(facts):
         print(f"{name:<15}{text}")
     print(f"next           {shlex.join(['dist-train', 'run', recipe_name, *overrides])}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from dist_train import config_io
 from dist_train.errors import ConfigError, Preempted
 from dist_train.events import read_lines
+from dist_train.init_from import describe_start, started_from
 from dist_train.report import show_interval
 from dist_train.rundir import RunDir
 from launcher.summary import open_console
@@ -47,8 +48,16 @@ def print_diff(first: str, second: str, output_dir: str) -> None:
         values = [str(side.get(key, "-")) for side in sides]
         if values[0] != values[1]:
             table.add_row(key, *values)
+    labels = [_read(run.data_facts).get("labels", []) for run in runs]
+    alone = [[label for label in side if label not in other] for side, other in (labels, labels[::-1])]
+    if alone != [[], []]:
+        table.add_row("labels of this run alone", *(", ".join(side) or "-" for side in alone))
     console = open_console()
     console.print(table if table.row_count else "settings, data and surroundings are the same")
+    for run in runs:
+        record = started_from(run)
+        if record is not None:
+            console.print(f"{run.name}:\n{describe_start(record)}", soft_wrap=True)
     reports = [_read(run.report_json) for run in runs]
     missing = [run.name for run, report in zip(runs, reports, strict=True) if not report]
     if missing:
@@ -59,8 +68,27 @@ def print_diff(first: str, second: str, output_dir: str) -> None:
     for name in tests[0]:
         results.add_row(name, *(show_interval(test[name]) if name in test else "-" for test in tests))
     console.print(results)
+    groups = [report.get("groups", {}).get("test", {}) for report in reports]
+    for kind in groups[0]:
+        console.print(_group_table(kind, [side.get(kind, {}) for side in groups], runs))
     if sides[0]["data"] != sides[1]["data"]:
         console.print("The two were tested on different data or splits: their results cannot be compared row by row.")
+
+
+def _group_table(kind: str, sides: list[dict[str, Any]], runs: list[RunDir]) -> Table:
+    """The last metric and the rows of each class or other part, side by side; those of one run alone come last."""
+    metric = list(next(iter(sides[0].values())))[-1]
+    table = Table(f"test split, {metric} by {kind}", *(column for run in runs for column in (run.name, "rows")))
+    shared = [name for name in sides[0] if name in sides[1]]
+    alone = [name for side, other in (sides, sides[::-1]) for name in side if name not in other]
+    for name in [*shared, *alone]:
+        cells: list[str] = []
+        for side in sides:
+            entry = side.get(name)
+            shown = (show_interval(entry[metric]), str(entry["rows"])) if entry else ("-", "-")
+            cells.extend(shown)
+        table.add_row(name, *cells)
+    return table
 
 
 def _find(name: str, output_dir: str) -> RunDir:

@@ -38,7 +38,7 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     recipe = load_recipe(config.recipe)
     check_metric(config, recipe)
     config = pinned(loaded, recipe).config
-    data = prepare_data(config, recipe)
+    data = prepare_data(config, recipe, loaded.sources)
     device = "cuda" if hardware.gpus else "cpu"
     facts = model_facts(config, recipe, data, device, measure_profile)
     plan = make_plan(config, hardware, data["splits"]["train"]["rows"], facts=facts)

@@ -69,6 +69,17 @@ def test_a_metric_that_is_not_defined_is_null_and_never_a_number() -> None:
     assert interval(model.values()["roc_auc"], np.full(9, np.nan)) == {"value": None, "low": None, "high": None}
 
 
+def test_a_class_without_rows_has_no_metrics_and_no_part_in_the_macro_means() -> None:
+    _, truth, probability = _case(3, 80, 3)
+    wider = np.insert(probability, 1, 0.001, axis=1)
+    with_gap = Classification(np.where(truth > 0, truth + 1, 0), wider.argmax(1), wider, ["q0", "gap", "q1", "q2"])
+    values = with_gap.values()
+    assert np.isnan([values[f"class/gap/{name}"] for name in ("precision", "recall", "f1")]).all()
+    known = [values[f"class/q{index}/f1"] for index in range(3)]
+    assert values["macro_f1"] == pytest.approx(np.mean(known))
+    assert all(np.isfinite(value) for name, value in values.items() if "/gap/" not in name)
+
+
 def test_the_interval_of_an_accuracy_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     covered = 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dist_train.config import CachedData, Positive, RunConfig, Section, Share, path_field
 
@@ -55,14 +56,16 @@ class DataConfig(CachedData):
     """Seed of the split, apart from `seed`, so that seeds can be compared on one split."""
     near_duplicates: Literal["group", "ignore"] = "group"
     """group: near-duplicate tickets always lie in one split; ignore: only count them."""
+    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    """The queues of the model, in this order; a row of any other is refused. null takes those that the data has."""
     drop_labels_below: Positive | None = None
-    """Drop queues with fewer rows than this and say so; null refuses a queue with one row."""
+    """Drop queues with fewer rows than this, unless listed, and say so; null refuses a queue with one row."""
     max_tokens: Annotated[int, Field(ge=8)] = 192
     """Longest ticket in tokens; the rest of it is cut."""
     vocab_size: Annotated[int, Field(ge=300)] = 12_000
     """Size of the BPE vocabulary that is trained on the training split."""
     tokenizer: str | None = path_field(None, hub_name=True)
-    """Folder or hub name of a ready tokenizer; null trains one (or takes that of `model.pretrained`)."""
+    """Folder or hub name of a ready tokenizer; null trains one (or takes that of the model that is given)."""
     tokenizer_revision: str | None = None
     """Revision of a hub tokenizer; null takes the newest and records it."""
 
@@ -72,6 +75,18 @@ class DataConfig(CachedData):
             raise ValueError("data.validation_share and data.test_share together leave less than a tenth for training")
         return self
 
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_names(cls, labels: list[str] | None) -> list[str] | None:
+        seen = collections.Counter(labels or [])
+        twice = [label for label, count in seen.items() if count > 1]
+        # Blanks around a label are cut where the data is read.
+        odd = [label for label in seen if label != label.strip() or not label]
+        if twice or odd:
+            what = f"lists {twice[0]!r} twice" if twice else f"lists {odd[0]!r}, which is empty or has blanks around it"
+            raise ValueError(f"data.labels {what}: name each label once, as it is in the data")
+        return labels
+
 
 class ModelConfig(Section):
     kind: Literal["transformer", "lstm", "pretrained"] = "transformer"
@@ -80,6 +95,8 @@ class ModelConfig(Section):
     """Folder or hub name of a Hugging Face encoder; null trains an own model from scratch."""
     revision: str | None = None
     """Revision of the hub model; null takes the newest and records it."""
+    init_from: str | None = path_field(None)
+    """Directory of an earlier run (or its best/) to take weights and tokenizer from; null starts anew."""
     layers: Positive = 2
     """Encoder or LSTM layers."""
     width: Positive = 128
@@ -157,5 +174,24 @@ class Config(RunConfig):
             raise ValueError(
                 f"model.lora_rank is {self.model.lora_rank}, but optim.freeze is backbone, where the adapters lie: set "
                 "optim.freeze to null (the encoder's own weights are frozen anyway), or model.lora_rank to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_start_anew(self) -> Self:
+        if self.model.lora_rank is not None and self.model.init_from is not None:
+            raise ValueError(
+                f"model.lora_rank is {self.model.lora_rank}, but model.init_from is {self.model.init_from}: adapters are "
+                "trained on the encoder of model.pretrained alone. Give that best/ as model.pretrained, or set "
+                "model.lora_rank to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> Self:
+        if self.data.tokenizer is not None and self.model.init_from is not None:
+            raise ValueError(
+                f"data.tokenizer is {self.data.tokenizer}, but model.init_from is {self.model.init_from}, whose "
+                "weights belong to its own tokenizer: set one of the two to null"
             )
         return self

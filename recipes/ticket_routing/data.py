@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from recipes.ticket_routing import chunks, split
 from recipes.ticket_routing.chunks import Columns
 from recipes.ticket_routing.config import Config, DataConfig
 from recipes.ticket_routing.duplicates import words_of
+from recipes.ticket_routing.earlier import earlier_model
 from recipes.ticket_routing.groups import BLOCK_ROWS, Grouped, group
 from recipes.ticket_routing.hub import pins as pins
 from recipes.ticket_routing.hub import pretrained_facts
+from recipes.ticket_routing.labels import check_missing, choose_labels, departures
 from recipes.ticket_routing.sources import Source, find_sources
-from recipes.ticket_routing.tickets import Part, Tickets, choose_labels
+from recipes.ticket_routing.tickets import Part, Tickets
 from recipes.ticket_routing.tokens import describe_ready, file_hash, make_tokenizer
+from recipes.ticket_routing.trained_before import count_trained_before, write_trained
 
 # Changes whenever the same source would be prepared differently.
 VERSION = 2
@@ -45,6 +48,10 @@ def describe(config: Config) -> dict[str, Any]:
     elsewhere = {"path", "validation_path", "test_path", "rows", "synthetic", "tokenizer", "tokenizer_revision"}
     keys = config.data.model_dump(mode="json", exclude=elsewhere | set(CachedData.model_fields))
     described = {"version": VERSION, "content": content, "keys": keys, "pretrained": config.model.pretrained}
+    earlier = earlier_model(config)
+    if earlier is not None:
+        # Its labels may lack rows; its data, whose fingerprint holds that of the model before it, may hold ours.
+        described["earlier"] = {"labels": sorted(earlier.labels), "data": earlier.data}
     tokenizer = describe_ready(config)
     return described if tokenizer is None else {**described, "tokenizer": tokenizer}
 
@@ -62,7 +69,10 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     work = folder / "work"
     work.mkdir()
     tickets = Tickets(_read(config.data, sources, root, say), work)
-    names, warnings = choose_labels(tickets.counts(), tickets.empty(), config.data)
+    earlier = earlier_model(config)
+    known = set(earlier.labels) if earlier else set()
+    names, warnings = choose_labels(tickets, config.data, known)
+    warnings += departures(names, known)
     every_label = tickets.labels(names)
     here = _Kept(every_label)
     labels = here.of(every_label)
@@ -71,10 +81,16 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     own, times = tickets.own_split(config.data), _times(tickets, sources, config.data)
     own, times = (None if column is None else here.of(column) for column in (own, times))
     split_of, method = _split(own, times, labels, grouped, config.data)
-    _check_split(split_of, labels, grouped, names, method)
-    hashes = np.sort(here.of(tickets.column("texts", np.uint64)))
+    warnings += _check_split(split_of, labels, grouped, names, method, config.data, known)
+    texts = here.of(tickets.column("texts", np.uint64))
+    hashes = np.sort(texts)
     copies = int((hashes[1:] == hashes[:-1]).sum())
     leaks = {"exact_duplicates": copies, **split.leak_report(split_of, labels, grouped.groups)}
+    write_trained(folder, texts[split_of == split.TRAIN])
+    if earlier is not None:
+        evaluated = {"validation": texts[split_of == split.VALIDATION], "test": texts[split_of == split.TEST]}
+        leaks["rows_trained_before"], told = count_trained_before(earlier, evaluated)
+        warnings += told
     crossing = sum(leaks["groups_crossing"].values())
     if crossing:
         warnings.append(f"{crossing} groups of near-duplicates lie on both sides of a split that was given")
@@ -279,7 +295,16 @@ def _teachers(
     return rows if len(rows) else np.flatnonzero(split_of == split.TRAIN)[:BLOCK_ROWS]
 
 
-def _check_split(split_of: np.ndarray, labels: np.ndarray, grouped: Grouped, names: list[str], method: str) -> None:
+def _check_split(
+    split_of: np.ndarray,
+    labels: np.ndarray,
+    grouped: Grouped,
+    names: list[str],
+    method: str,
+    data: DataConfig,
+    known: Collection[str],
+) -> list[str]:
+    """DataError for splits that cannot be trained or scored; warnings. known: labels that an earlier model knows."""
     if method == "column" and not (split_of == split.TEST).any():
         raise DataError("the given split has no test rows: give some, or let the toolkit split all of it.")
     for index, name in enumerate(split.NAMES):
@@ -289,9 +314,11 @@ def _check_split(split_of: np.ndarray, labels: np.ndarray, grouped: Grouped, nam
                 f"the {name} split ({method}) is empty: {len(labels)} rows in {groups} groups of near-duplicates are "
                 "too few for these shares."
             )
-    known = np.bincount(labels[split_of == split.TRAIN], minlength=len(names)) > 0
+    trained = np.bincount(labels[split_of == split.TRAIN], minlength=len(names)) > 0
+    missing = [name for name, has_rows in zip(names, trained, strict=True) if not has_rows]
     for index in (split.VALIDATION, split.TEST):
-        unknown = [names[label] for label in np.unique(labels[split_of == index]) if not known[label]]
+        here = {names[label] for label in np.unique(labels[split_of == index])}
+        unknown = [name for name in missing if name in here and name not in known]
         if unknown:
             raise DataError(
                 f"the {split.NAMES[index]} split has classes that training lacks: "
@@ -299,6 +326,7 @@ def _check_split(split_of: np.ndarray, labels: np.ndarray, grouped: Grouped, nam
                 "A model cannot predict them: move some of their rows into training, or leave them out with "
                 "data.drop_labels_below."
             )
+    return check_missing(missing, known, pinned=data.labels is not None)
 
 
 def _counts(labels: np.ndarray, names: list[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dist_train.errors import DataError, UnsafeInputError
 from dist_train.fetch import Fetched, fetch_model
 from dist_train.hub import is_hub_name, is_offline
 from recipes.ticket_routing.config import Config
+from recipes.ticket_routing.earlier import earlier_model
 
 Say = Callable[[str], None]
 
@@ -46,7 +47,10 @@ def check_folder(source: str) -> None:
 
 
 def tokenizer_folder(config: Config, say: Say = print) -> str | None:
-    """The folder of the ready tokenizer; None where one is trained."""
+    """The folder of the ready tokenizer; None where one is trained. Earlier weights go with their own."""
+    earlier = earlier_model(config)
+    if earlier is not None:
+        return str(earlier.folder)
     fetched = _fetched_tokenizer(config, say) if config.data.tokenizer is not None else fetched_model(config, say)
     return str(fetched.folder) if fetched is not None else config.data.tokenizer or config.model.pretrained
 

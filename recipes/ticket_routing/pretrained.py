@@ -132,3 +132,14 @@ def _head_modules(classifier: Any) -> list[str]:
         for name, child in children
         if name != classifier.base_model_prefix and any(True for _ in child.parameters())
     ]
+
+
+def label_parameters(encoder: nn.Module) -> list[str]:
+    """Names of an encoder's parameters that have one row a label; of own encoders too."""
+    head = "head"
+    if isinstance(encoder, PretrainedEncoder):
+        body = encoder.model.base_model_prefix
+        # Its name differs by model (classifier, score, classifier.out_proj): the last layer that is not the encoder's.
+        outer = [name for name, module in encoder.model.named_modules() if isinstance(module, nn.Linear)]
+        head = "model." + [name for name in outer if not name.startswith(f"{body}.")][-1]
+    return [name for name, _ in encoder.named_parameters() if name in (f"{head}.weight", f"{head}.bias")]

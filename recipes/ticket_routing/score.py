@@ -191,8 +191,10 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
     tables: dict[tuple[str, str], pa.Table] = {}
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, **_REGRESSION).fit(counts, truth)
-        # Every label has training rows (data.py sees to it), so the columns are the labels' indices.
-        probability = {split: model.predict_proba(features) for split, features in seen.items()}
+        probability = {split: np.zeros((table.num_rows, len(labels))) for split, table in rows.items()}
+        for split, features in seen.items():
+            # A label without training rows has no column in the regression.
+            probability[split][:, model.classes_] = model.predict_proba(features)
         predicted = {split: prediction_table(rows[split], probability[split], labels) for split in _SPLITS}
         reached = _classification(predicted["validation"]).values()[METRIC]
         if reached > best:

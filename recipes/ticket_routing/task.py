@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dist_train.init_from import Taken, take_weights
 from dist_train.prepared import load_facts
 from dist_train.records import check_record
 from dist_train.task import Batch, ListedRows
 from recipes.ticket_routing import score
 from recipes.ticket_routing.chunks import join_text
 from recipes.ticket_routing.config import Config, ModelConfig
+from recipes.ticket_routing.earlier import earlier_model
+from recipes.ticket_routing.encoder import build_encoder
 from recipes.ticket_routing.hub import pretrained_folder
-from recipes.ticket_routing.model import LSTMEncoder, TicketClassifier, TransformerEncoder
-from recipes.ticket_routing.pretrained import PretrainedEncoder, load_pretrained, make_pretrained
+from recipes.ticket_routing.model import TicketClassifier
+from recipes.ticket_routing.pretrained import PretrainedEncoder, label_parameters, load_pretrained, make_pretrained
 from recipes.ticket_routing.stored import StoredSplit
 
 MODEL_TYPE = "dist_train_ticket_routing"
@@ -62,6 +66,18 @@ class TicketTask:
     def build_model(self) -> TicketClassifier:
         return TicketClassifier(self._build_encoder(), self.config.task.label_smoothing)
 
+    def take_over(self, model: nn.Module) -> Taken | None:
+        earlier = earlier_model(self.config)
+        if earlier is None:
+            return None
+        assert isinstance(model, TicketClassifier)
+        try:
+            weights = self.load_model(earlier.folder).state_dict()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise DataError(f"model.init_from: the weights in {earlier.folder} cannot be read: {error}") from error
+        by_label = [f"encoder.{name}" for name in label_parameters(model.encoder)]
+        return take_weights(model, weights, earlier.labels, self.labels, by_label, earlier.folder)
+
     def _build_encoder(self) -> nn.Module:
         model, data = self.config.model, self.config.data
         if model.kind == "pretrained":
@@ -69,7 +85,7 @@ class TicketTask:
             encoder = make_pretrained(folder, model, self.labels, data.max_tokens)
             self._head = tuple(f"encoder.{prefix}" for prefix in encoder.head_prefixes())
             return encoder
-        return _own_encoder(model, self.vocabulary, data.max_tokens, len(self.labels))
+        return build_encoder(model, self.vocabulary, data.max_tokens, len(self.labels))
 
     def is_head(self, name: str) -> bool:
         """Of a parameter of the model that was built last."""
@@ -141,7 +157,7 @@ class TicketTask:
             "label2id": {name: index for index, name in enumerate(self.labels)},
             "vocab_size": self.vocabulary,
             "max_tokens": self.config.data.max_tokens,
-            "model": self.config.model.model_dump(),
+            "model": self.config.model.model_dump(exclude={"init_from"}),
         }
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         weights = {name: tensor.contiguous() for name, tensor in model.encoder.state_dict().items()}
@@ -153,12 +169,6 @@ class TicketTask:
         if described["model_type"] != MODEL_TYPE:
             return TicketClassifier(PretrainedEncoder(load_pretrained(str(folder), labels, None)))
         config = ModelConfig.model_validate(described["model"])
-        encoder = _own_encoder(config, described["vocab_size"], described["max_tokens"], len(labels))
+        encoder = build_encoder(config, described["vocab_size"], described["max_tokens"], len(labels))
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
         return TicketClassifier(encoder)
-
-
-def _own_encoder(config: ModelConfig, vocabulary: int, max_tokens: int, num_labels: int) -> nn.Module:
-    if config.kind == "lstm":
-        return LSTMEncoder(config, vocabulary, num_labels)
-    return TransformerEncoder(config, vocabulary, max_tokens, num_labels)

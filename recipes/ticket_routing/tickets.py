@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dist_train.errors import DataError
 from dist_train.prepared import load_facts
 from recipes.ticket_routing import split
 from recipes.ticket_routing.chunks import read_texts
@@ -56,6 +55,14 @@ class Tickets:
             found = np.bincount(self._array(index, "labels"), minlength=len(names)).tolist()
             counts.update(dict(zip(names, found, strict=True)))
         return dict(counts)
+
+    def first_row(self, label: str) -> int:
+        """Number in the source of the first row with this label."""
+        for index, facts in enumerate(self._facts):
+            if label in facts["labels"]:
+                place = int((self._array(index, "labels") == facts["labels"].index(label)).argmax())
+                return self.parts[index].first_row + int(self._array(index, "rows")[place])
+        raise KeyError(label)
 
     def labels(self, names: list[str]) -> np.ndarray:
         """Index in `names` of each row's label, -1 where it is none of them: [n] int32."""
@@ -121,31 +128,3 @@ class Tickets:
         for start, part in zip(self.starts, parts, strict=False):
             result[start : start + len(part)] = part
         return np.asarray(result)
-
-
-def choose_labels(counts: dict[str, int], empty: int, data: DataConfig) -> tuple[list[str], list[str]]:
-    """The labels that stay, sorted, and warnings: of what the config drops, and of the doubtful. DataError for what
-    cannot be split."""
-    warnings = [f"{empty} rows without text were left out"] if empty else []
-    rare = {label: count for label, count in counts.items() if count < (data.drop_labels_below or 0)}
-    if rare:
-        warnings.append(f"data.drop_labels_below left out {sum(rare.values())} rows of: {', '.join(sorted(rare))}")
-    counts = {label: count for label, count in counts.items() if label not in rare}
-    if len(counts) < 2:
-        if not counts and empty:
-            raise DataError(
-                f"all {empty} rows are without text in {', '.join(data.text_columns)}: change data.text_columns."
-            )
-        what = f"all rows have the class {next(iter(counts))!r}" if counts else "no row is left"
-        raise DataError(f"{what} in {data.label_column!r}: at least two classes are needed. Change data.label_column.")
-    folded = collections.Counter(label.casefold() for label in counts)
-    alike = sorted(label for label in counts if folded[label.casefold()] > 1)
-    if alike:
-        warnings.append(f"classes that differ in case alone count as different: {', '.join(map(repr, alike[:10]))}")
-    alone = sorted(label for label, count in counts.items() if count == 1)
-    if alone:
-        raise DataError(
-            f"a class with one row only cannot be split: {', '.join(map(repr, alone[:10]))}"
-            f"{' …' if len(alone) > 10 else ''}.\nMerge them, or leave them out with data.drop_labels_below=2."
-        )
-    return sorted(counts), warnings

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dist_train.task import Batch, weighted_sum
 from recipes.ticket_routing.config import ModelConfig
-from recipes.ticket_routing.model import LSTMEncoder, TicketClassifier, TransformerEncoder
+from recipes.ticket_routing.encoder import LSTMEncoder, TransformerEncoder
+from recipes.ticket_routing.model import TicketClassifier
 from tests.ranks import run_ranks
 
 

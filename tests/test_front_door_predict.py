@@ -131,6 +131,29 @@ def test_a_model_folder_that_was_moved_still_answers(desk: Path, new: list[dict[
     assert json.loads(done.stdout) == before
 
 
+def test_the_documented_reader_needs_torch_and_safetensors_alone(
+    desk: Path, new: list[dict[str, str]], tmp_path: Path
+) -> None:
+    root = Path(__file__).parent.parent
+    reader = (root / "docs" / "model_folder.md").read_text().split("```python\n")[1].split("```")[0]
+    shutil.copy(root / "recipes" / "ticket_routing" / "encoder.py", tmp_path)
+    best = desk / "runs" / "whole2" / "best"
+    use = f"""
+import sys
+assert not any(name.split(".")[0] in ("dist_train", "transformers", "pydantic") for name in sys.modules)
+from tokenizers import Tokenizer
+encoder, labels, decision = load_encoder({str(best)!r})
+tokens = Tokenizer.from_file({str(best / "tokenizer.json")!r}).encode({new[0]["text"]!r}).ids
+print(json.dumps(dict(zip(labels, probabilities(encoder, decision, tokens).tolist(), strict=True))))
+"""
+    (tmp_path / "service.py").write_text(reader + use)
+    done = subprocess.run([sys.executable, "service.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = toolkit.load(str(best)).predict(new[:1])[0]
+    for name, probability in json.loads(done.stdout).items():
+        assert probability == pytest.approx(answer[f"probability/{name}"], abs=1e-6)
+
+
 def test_the_model_folder_says_what_was_measured_and_what_it_decides(desk: Path) -> None:
     best = desk / "runs" / "whole2" / "best"
     record = json.loads((best / "dist_train.json").read_text())

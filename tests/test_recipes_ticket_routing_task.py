@@ -24,7 +24,8 @@ from dist_train.recipe import list_recipes, load_recipe
 from dist_train.resume import build_training
 from dist_train.rundir import RunDir
 from dist_train.stop import StopFlag
-from recipes.ticket_routing.model import TicketClassifier, TransformerEncoder
+from recipes.ticket_routing.encoder import TransformerEncoder
+from recipes.ticket_routing.model import TicketClassifier
 from recipes.ticket_routing.task import TicketTask
 from tests.encoders import make_encoder
 from tests.front_door import write_tickets

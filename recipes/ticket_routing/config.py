@@ -181,8 +181,8 @@ class Config(RunConfig):
     def _adapters_start_anew(self) -> Self:
         if self.model.lora_rank is not None and self.model.init_from is not None:
             raise ValueError(
-                f"model.lora_rank is {self.model.lora_rank}, but model.init_from is {self.model.init_from}: adapters are "
-                "trained on the encoder of model.pretrained alone. Give that best/ as model.pretrained, or set "
+                f"model.lora_rank is {self.model.lora_rank}, but model.init_from is {self.model.init_from}: adapters "
+                "are trained on the encoder of model.pretrained alone. Give that best/ as model.pretrained, or set "
                 "model.lora_rank to null"
             )
         return self

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dist_train.errors import DataError
 from dist_train.init_from import Taken, take_weights
 from dist_train.prepared import load_facts
 from dist_train.records import check_record

@@ -48,7 +48,12 @@ def map_in_workers(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
+    except BaseException as error:
+        # Bad data or Ctrl-C are answered at once; what the workers are at is lost, what they finished is kept.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        if not isinstance(error, BrokenProcessPool):
+            raise
         raise CrashError(
             "a worker process of the preparation was killed, most often because the memory was used up.\n"
             "What was finished is kept: type the same command again to go on, with fewer programs beside it."
@@ -58,7 +63,7 @@ def map_in_workers(function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]
 
 
 def _begin(parent: int) -> None:
-    """What a worker does first. Ctrl-C is for the command, which lets each worker finish what it is at."""
+    """What a worker does first. Ctrl-C is for the command, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

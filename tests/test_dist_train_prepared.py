@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +120,17 @@ def test_a_killed_worker_and_a_failed_job_are_said(at_once: None) -> None:
         list(worker_pool.map_in_workers(worker_jobs.die, [(number,) for number in range(4)]))
     with pytest.raises(DataError, match="row 2 is bad"):
         list(worker_pool.map_in_workers(worker_jobs.fail, [(number,) for number in range(4)]))
+
+
+def test_bad_data_behind_long_jobs_is_answered_at_once(at_once: None) -> None:
+    def jobs() -> Iterator[tuple[int]]:
+        yield from ((number,) for number in (0, 1, 3, 4))
+        raise DataError("row 5 is no row")
+
+    began = time.monotonic()
+    with pytest.raises(DataError, match="row 5"):
+        list(worker_pool.map_in_workers(worker_jobs.linger, jobs()))
+    assert time.monotonic() - began < 30, "a job that lingers takes 60 s"
 
 
 def test_no_worker_outlives_a_killed_command(tmp_path: Path) -> None:

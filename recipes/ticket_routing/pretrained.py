@@ -69,6 +69,7 @@ def load_pretrained(source: str, labels: list[str], dropout: float | None) -> An
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        known = list(config.id2label.values())
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
         if dropout is not None:
@@ -76,7 +77,7 @@ def load_pretrained(source: str, labels: list[str], dropout: float | None) -> An
                 # hidden_dropout_prob, attention_dropout, seq_classif_dropout …: each model has its own names.
                 if "dropout" in key and isinstance(value, float | int) and not isinstance(value, bool):
                     setattr(config, key, dropout)
-        return AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             source,
             config=config,
             dtype=torch.float32,  # whatever it was stored in: the toolkit's precisions compute over fp32 weights
@@ -85,6 +86,10 @@ def load_pretrained(source: str, labels: list[str], dropout: float | None) -> An
             trust_remote_code=False,
             local_files_only=True,
         )
+        if len(known) == len(labels) and known != labels:
+            # A head of as many other labels would be kept, each row under another name.
+            model._init_weights(model.get_submodule(_last_linear(model)))
+        return model
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"model.pretrained is {source}, which could not be loaded: {(str(error).splitlines() or [''])[0]}\n"
@@ -136,10 +141,11 @@ def _head_modules(classifier: Any) -> list[str]:
 
 def label_parameters(encoder: nn.Module) -> list[str]:
     """Names of an encoder's parameters that have one row a label; of own encoders too."""
-    head = "head"
-    if isinstance(encoder, PretrainedEncoder):
-        body = encoder.model.base_model_prefix
-        # Its name differs by model (classifier, score, classifier.out_proj): the last layer that is not the encoder's.
-        outer = [name for name, module in encoder.model.named_modules() if isinstance(module, nn.Linear)]
-        head = "model." + [name for name in outer if not name.startswith(f"{body}.")][-1]
+    head = f"model.{_last_linear(encoder.model)}" if isinstance(encoder, PretrainedEncoder) else "head"
     return [name for name, _ in encoder.named_parameters() if name in (f"{head}.weight", f"{head}.bias")]
+
+
+def _last_linear(classifier: Any) -> str:
+    """The layer that gives the logits. Its name differs by model: classifier, score, classifier.out_proj."""
+    outer = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in outer if not name.startswith(f"{classifier.base_model_prefix}.")][-1]

@@ -19,11 +19,11 @@ from dist_train.hardware import Hardware
 from dist_train.heartbeat import Heartbeat
 from dist_train.loop import train
 from dist_train.plan import make_plan
+from dist_train.prepared import prepare
 from dist_train.recipe import list_recipes, load_recipe
 from dist_train.resume import build_training
 from dist_train.rundir import RunDir
 from dist_train.stop import StopFlag
-from recipes.ticket_routing.data import prepare
 from recipes.ticket_routing.model import TicketClassifier, TransformerEncoder
 from recipes.ticket_routing.task import TicketTask
 from tests.encoders import make_encoder
@@ -50,7 +50,7 @@ def _task(folder: Path, kind: str, *extra: str) -> TicketTask:
     if kind == "pretrained":
         settings.insert(0, f"model.pretrained={folder}/bert")
     config: Any = config_io.load("ticket_routing", settings, site=False).config
-    return TicketTask(config, prepare(config, lambda text: None))
+    return TicketTask(config, prepare(config, load_recipe(config.recipe), lambda text: None))
 
 
 def _batch(task: TicketTask, indices: list[int]) -> dict[str, torch.Tensor]:
@@ -209,12 +209,12 @@ def test_the_large_variants_have_the_parameters_that_they_state(recipe: str, bil
 def _take_steps(name: str, settings: list[str], path: Path) -> None:
     config = config_io.load(name, settings, site=False).config
     recipe = load_recipe(config.recipe)
-    prepared = recipe.data.prepare(config, lambda text: None)
-    task = recipe.task.make_task(config, prepared)
+    prepared = prepare(config, recipe, lambda text: None)
+    task = recipe.make_task(config, prepared)
     run = RunDir(path)
     run.logs.mkdir(parents=True)
     rows = len(task.rows("train").ids)
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), rows, 1)
-    training = build_training(run, config, plan, task, 1, {}, StopFlag(), Heartbeat(run, 0))
+    training = build_training(run, config, plan, task, 1, recipe.score, {}, StopFlag(), Heartbeat(run, 0))
     assert isinstance(training.engine.module, TicketClassifier)
     train(training)

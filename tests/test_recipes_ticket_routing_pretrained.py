@@ -204,6 +204,6 @@ def _take_steps(words: tuple[str, ...], strategy: str, world_size: int) -> tuple
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), len(task.rows("train").ids), world_size)
     write_json(run.deepspeed_config, deepspeed_config(plan, 1.0) if strategy.startswith("zero") else {})
     heartbeat = Heartbeat(run, int(os.environ.get("RANK", "0")))
-    training = build_training(run, config, plan, task, 1, {}, StopFlag(), heartbeat)
+    training = build_training(run, config, plan, task, 1, load_recipe(config.recipe).score, {}, StopFlag(), heartbeat)
     train(training)
     return curve(run.path), whole_weights(training.engine)

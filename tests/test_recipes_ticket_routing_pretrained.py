@@ -32,6 +32,7 @@ from dist_train.recipe import load_recipe
 from dist_train.resume import build_training
 from dist_train.rundir import RunDir, write_json
 from dist_train.stop import StopFlag
+from recipes.ticket_routing.pretrained import load_pretrained
 from recipes.ticket_routing.task import TicketTask
 from tests.fakes import curve
 from tests.front_door import write_tickets
@@ -204,6 +205,17 @@ def _take_steps(words: tuple[str, ...], strategy: str, world_size: int) -> tuple
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), len(task.rows("train").ids), world_size)
     write_json(run.deepspeed_config, deepspeed_config(plan, 1.0) if strategy.startswith("zero") else {})
     heartbeat = Heartbeat(run, int(os.environ.get("RANK", "0")))
-    training = build_training(run, config, plan, task, 1, {}, StopFlag(), heartbeat)
+    training = build_training(run, config, plan, task, 1, load_recipe(config.recipe).score, {}, StopFlag(), heartbeat)
     train(training)
     return curve(run.path), whole_weights(training.engine)
+
+
+def test_a_head_of_as_many_other_labels_is_made_anew(tiny_bert: Path, tmp_path: Path) -> None:
+    names = ["network", "hardware", "access"]
+    saved = load_pretrained(str(tiny_bert), names, None)
+    saved.save_pretrained(tmp_path)
+    same = load_pretrained(str(tmp_path), names, None)
+    assert torch.equal(same.classifier.weight, saved.classifier.weight)
+    other = load_pretrained(str(tmp_path), ["billing", "sales", "support"], None)
+    assert not torch.equal(other.classifier.weight, saved.classifier.weight)
+    assert torch.equal(other.bert.embeddings.word_embeddings.weight, saved.bert.embeddings.word_embeddings.weight)

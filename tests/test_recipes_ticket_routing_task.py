@@ -51,7 +51,7 @@ def _task(folder: Path, kind: str, *extra: str) -> TicketTask:
     if kind == "pretrained":
         settings.insert(0, f"model.pretrained={folder}/bert")
     config: Any = config_io.load("ticket_routing", settings, site=False).config
-    return TicketTask(config, prepare(config, load_recipe("ticket_routing"), lambda text: None))
+    return TicketTask(config, prepare(config, load_recipe(config.recipe), lambda text: None))
 
 
 def _batch(task: TicketTask, indices: list[int]) -> dict[str, torch.Tensor]:
@@ -211,11 +211,11 @@ def _take_steps(name: str, settings: list[str], path: Path) -> None:
     config = config_io.load(name, settings, site=False).config
     recipe = load_recipe(config.recipe)
     prepared = prepare(config, recipe, lambda text: None)
-    task = recipe.task.make_task(config, prepared)
+    task = recipe.make_task(config, prepared)
     run = RunDir(path)
     run.logs.mkdir(parents=True)
     rows = len(task.rows("train").ids)
     plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), rows, 1)
-    training = build_training(run, config, plan, task, 1, {}, StopFlag(), Heartbeat(run, 0))
+    training = build_training(run, config, plan, task, 1, recipe.score, {}, StopFlag(), Heartbeat(run, 0))
     assert isinstance(training.engine.module, TicketClassifier)
     train(training)

@@ -88,7 +88,10 @@ def load_pretrained(source: str, labels: list[str], dropout: float | None) -> An
         )
         if len(known) == len(labels) and known != labels:
             # A head of as many other labels would be kept, each row under another name.
-            model._init_weights(model.get_submodule(_last_linear(model)))
+            head = model.get_submodule(_last_linear(model))
+            nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
         return model
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(

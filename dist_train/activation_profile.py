@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from dist_train.blocks import checkpoint_activations, repeated_blocks
 from dist_train.config import OptimConfig, RunConfig
 from dist_train.config_io import load
-from dist_train.errors import UnmeasuredError
+from dist_train.errors import ToolkitError, UnmeasuredError
 from dist_train.layers import prepare_layers
 from dist_train.model_profile import (
     NO_GRADIENT,
@@ -147,6 +147,8 @@ def measure(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             return _measure(task, precision, checkpointing, lengths, optim, _FAKE_ROWS, mode)
+    except ToolkitError:
+        raise
     except Exception as error:
         # Not every model runs on fake tensors: shapes that depend on data, numpy, kernels of its own.
         print(f"no profile under fake tensors ({type(error).__name__}: {error}); a small real pass instead")
@@ -264,12 +266,15 @@ def _length_points(shortest: int, longest: int) -> tuple[int, ...]:
 
 
 def measure_for(config: RunConfig, prepared: Path, out: Path, precision: str) -> None:
-    """Measure the model of `config` and keep the profile in `out`. UnmeasuredError when it cannot be."""
+    """Measure the model of `config` and keep the profile in `out`. UnmeasuredError when it cannot be, and the model's
+    own refusal of a setting."""
     task = load_recipe(config.recipe).make_task(config, prepared)
     lengths = task.rows("train").lengths
     span = (int(lengths.min()), int(lengths.max()))
     try:
         profile = measure(task, precision, config.train.activation_checkpointing, span, config.optim)
+    except ToolkitError:
+        raise
     except Exception as error:  # whatever a recipe's model needs that is not here
         raise UnmeasuredError(f"the model could not be measured: {type(error).__name__}: {error}") from error
     store_profile(out, profile)
@@ -278,7 +283,12 @@ def measure_for(config: RunConfig, prepared: Path, out: Path, precision: str) ->
 def main(arguments: list[str]) -> int:
     """arguments: a resolved config.yaml, the folder of the prepared data, the file to write, the precision."""
     file, prepared, out, precision = arguments
-    measure_for(load(file, [], site=False).config, Path(prepared), Path(out), precision)
+    try:
+        measure_for(load(file, [], site=False).config, Path(prepared), Path(out), precision)
+    except ToolkitError as error:
+        # The launcher shows the last line.
+        print(" ".join(str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -32,5 +32,8 @@ def test_adapters_are_trained_on_two_ranks_to_a_report_and_a_model_without_them(
     assert (run / "best" / "adapter" / "adapter_model.safetensors").is_file()
     assert not list((run / "best").rglob("*.bin"))
     assert (run / "report.html").is_file()
+    answered = dist_train(["predict", "runs/tuned", "tickets.csv", "--output", "answers.csv"], tmp_path)
+    assert answered.returncode == 0, answered.stdout + answered.stderr
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 301
     record = json.loads((run / "memory.json").read_text())
     assert abs(record["error"]) < 0.15

@@ -19,7 +19,7 @@ import transformers
 from dist_train import config_io
 from dist_train.activation_profile import measure
 from dist_train.deepspeed_config import deepspeed_config
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, UnmeasuredError
 from dist_train.hardware import Hardware
 from dist_train.heartbeat import Heartbeat
 from dist_train.layers import prepare_layers
@@ -32,6 +32,7 @@ from dist_train.recipe import load_recipe
 from dist_train.resume import build_training
 from dist_train.rundir import RunDir, write_json
 from dist_train.stop import StopFlag
+from launcher.measure import measure_profile
 from recipes.ticket_routing.pretrained import load_pretrained
 from recipes.ticket_routing.task import TicketTask
 from tests.fakes import curve
@@ -171,6 +172,12 @@ def test_a_tuned_encoder_is_measured_for_the_plan(settings: list[str], extra: li
     assert 0 < profile.trainable < profile.numel
     finished = {index for index in profile.cached.gradients if index >= 0}
     assert finished == {index for index, parameter in enumerate(profile.parameters) if parameter.trainable}
+
+
+def test_what_the_model_refuses_is_said_by_the_plan_in_its_own_words(settings: list[str], tmp_path: Path) -> None:
+    task = _task(settings, "optim.freeze=7")
+    with pytest.raises(UnmeasuredError, match="could not be measured: optim.freeze is 7, but this model has 2 blocks"):
+        measure_profile(task.config, task.prepared, tmp_path / "profile.json", "fp32")
 
 
 ADAPTERS, DECAY = "adapters", "layer decay"

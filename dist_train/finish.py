@@ -145,7 +145,7 @@ def _check_loads_back(model: nn.Module, loaded: nn.Module, training: Training) -
         if not np.isfinite(value).all():
             raise StorageError(f"{training.run.best} was loaded back, but its predictions are not finite.")
         # Merged weights round otherwise than the two products that they came from.
-        if not np.allclose(value, expected[name], rtol=1e-3, atol=1e-4):
+        if not np.allclose(value, expected[name], rtol=1e-4, atol=1e-5):
             raise StorageError(f"{training.run.best} was loaded back, but its {name} is not that of the model saved.")
 
 

@@ -17,14 +17,14 @@ def test_adapters_are_trained_on_two_ranks_to_a_report_and_a_model_without_them(
 ) -> None:
     write_tickets(tmp_path / "tickets.csv", 300)
     settings = ["data.path=tickets.csv", "data.label_column=queue", "data.cache_dir=prepared"]
-    settings += [f"model.pretrained={tiny_bert}", "model.lora_rank=4", "optim.lr=3e-3", "optim.head_lr=1e-2"]
+    settings += [f"model.pretrained={tiny_bert}", "model.lora_rank=4", "optim.lr=3e-2", "optim.head_lr=2e-2"]
     settings += ["train.epochs=6", "eval.bootstrap_samples=100", "parallel.processes_per_node=2"]
     done = dist_train(["run", "ticket_routing/finetune", "name=tuned", *settings], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("optimizer      ")]
     assert [line.split()[1] for line in told] == ["block", "block", "head:", "head:", "embeddings,"]
     assert told[0].endswith(
-        "block 0: 4 parameters of 512 elements, peak lr 0.0027, weight decay 0.01, learns from step 1"
+        "block 0: 4 parameters of 512 elements, peak lr 0.027, weight decay 0.01, learns from step 1"
     )
     assert told[-1].endswith("frozen")
     run = tmp_path / "runs" / "tuned"

@@ -176,7 +176,7 @@ def test_a_tuned_encoder_is_measured_for_the_plan(settings: list[str], extra: li
 
 def test_what_the_model_refuses_is_said_by_the_plan_in_its_own_words(settings: list[str], tmp_path: Path) -> None:
     task = _task(settings, "optim.freeze=7")
-    with pytest.raises(UnmeasuredError, match="could not be measured: optim.freeze is 7, but this model has 2 blocks"):
+    with pytest.raises(UnmeasuredError, match=r"could not be measured: optim.freeze is 7, but this model has 2 blocks"):
         measure_profile(task.config, task.prepared, tmp_path / "profile.json", "fp32")
 
 

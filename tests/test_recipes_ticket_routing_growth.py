@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -291,3 +292,22 @@ def test_the_ngram_baseline_learns_from_a_bounded_number_of_rows(
     tables = score.baselines(folder, lambda text: None)
     assert tables["ngram"]["test"].num_rows == len(StoredSplit(folder, "test"))
     assert "at most 200,000 training rows" in score.BASELINES["ngram"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet", "synthetic"])
+def test_the_space_that_is_said_beforehand_is_about_what_it_takes(tmp_path: Path, kind: str) -> None:
+    rows = list(generate(SyntheticConfig(), 0, 3000))
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": [row[0] for row in rows], "label": [row[1] for row in rows]}), path)
+    else:
+        text = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows)
+        path.write_bytes(gzip.compress(text.encode()) if kind == "csv.gz" else text.encode())
+    config: Any = load(
+        "ticket_routing", [f"data.path={'synthetic' if kind == 'synthetic' else path}", "data.rows=3000"], site=False
+    ).config
+    (source,) = sources.find_sources(config.data)
+    _prepare(tmp_path / "cache", f"data.path={config.data.path}", "data.rows=3000")
+    inodes = {file.stat().st_ino: file.stat().st_size for file in (tmp_path / "cache").rglob("*.*") if file.is_file()}
+    arrays = sum(inodes.values())
+    assert 0.6 * arrays < source.bytes_needed < 2.5 * arrays

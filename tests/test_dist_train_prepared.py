@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -108,11 +109,10 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool.os, "sched_getaffinity", lambda pid: {0, 1})
 
 
-def test_workers_answer_in_order_and_import_no_main_module(at_once: None) -> None:
+def test_workers_answer_in_order(at_once: None) -> None:
     answers = list(worker_pool.map_in_workers(worker_jobs.tell, [(number,) for number in range(6)]))
     assert [answer["number"] for answer in answers] == list(range(6))
     assert len({answer["pid"] for answer in answers}) > 1
-    assert not any(answer["main"] for answer in answers[1:])
 
 
 def test_a_killed_worker_and_a_failed_job_are_said(at_once: None) -> None:
@@ -133,17 +133,20 @@ def test_bad_data_behind_long_jobs_is_answered_at_once(at_once: None) -> None:
     assert time.monotonic() - began < 30, "a job that lingers takes 60 s"
 
 
-def test_no_worker_outlives_a_killed_command(tmp_path: Path) -> None:
-    code = (
+def test_no_worker_outlives_a_killed_command_nor_runs_its_script_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
         "import os; from dist_train import worker_pool; from tests import worker_jobs\n"
         "worker_pool._ALONE_S = 0.0; os.sched_getaffinity = lambda pid: {0, 1}\n"
         "for answer in worker_pool.map_in_workers(worker_jobs.linger, [(n,) for n in range(9)]):\n"
-        "    print(answer, flush=True)"
+        "    print(__name__, answer, flush=True)"
     )
-    root = Path(__file__).parent.parent
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        own, worker = int(process.stdout.readline()), int(process.stdout.readline())
+        (name, own), (other, worker) = (process.stdout.readline().split() for _ in range(2))
         process.kill()
-    assert own == process.pid != worker
-    worker_jobs.wait_for_end(worker)
+    assert name == other == "__main__"
+    assert int(own) == process.pid != int(worker)
+    worker_jobs.wait_for_end(int(worker))

@@ -243,7 +243,9 @@ def _group(tickets: Tickets, here: _Kept, work: Path) -> Grouped:
     def words(row: int) -> frozenset[str]:
         return words_of(tickets.text(int(here.positions(np.array([row]))[0])))
 
-    return group(sets, sketches, sizes, lambda index: here.of(tickets.band(index)), words, work / "buckets")
+    grouped = group(sets, sketches, sizes, lambda index: here.of(tickets.band(index)), words, work / "buckets")
+    shutil.rmtree(work / "buckets", ignore_errors=True)  # small data has none
+    return grouped
 
 
 def _timed(sources: list[Source], data: DataConfig) -> bool:

@@ -17,9 +17,9 @@ __version__ = "0.1.0"
 
 def load_config(recipe: str, settings: list[str] | None = None) -> RunConfig:
     """The config of a recipe name or file, under settings like "train.epochs=3". ConfigError lists every problem."""
-    from dist_train.config_io import load as load_file
+    from dist_train.from_python import load_config as load_pinned
 
-    return load_file(recipe, settings or []).config
+    return load_pinned(recipe, settings or [])
 
 
 def make_task(config: RunConfig) -> Any:

@@ -38,6 +38,7 @@ RESUMABLE = (
     "train.compile",
     "train.deterministic",
     "eval.batch_size",
+    "task.target_accuracy",
     "data.cache_dir",
     "data.stage_to",
     "data.offline",

@@ -105,6 +105,7 @@ def _export(training: Training, step: int, reader: checkpoint.Reader, decision: 
         "run": run.name,
         "step": step,
         "decision": decision,
+        "precision": training.plan.precision,
         "fingerprints": training.fingerprints,
         "versions": environment["versions"],
         "git": environment["git"],

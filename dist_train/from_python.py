@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dist_train import config_io, prepared
@@ -16,6 +17,7 @@ from dist_train.errors import ConfigError, ToolkitError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import detect_hardware
 from dist_train.heartbeat import Heartbeat
+from dist_train.hub import settle_offline
 from dist_train.launcher_settings import number_of_ranks
 from dist_train.plan import LaunchPlan, make_plan
 from dist_train.rank_environment import settle_environment, settle_rank_variables
@@ -24,9 +26,11 @@ from dist_train.rundir import RunDir, read_json
 from dist_train.score import read_score
 from dist_train.start_run import (
     Start,
+    check_metric,
     check_output,
     create_directory,
     free_directory,
+    pinned,
     print_plan,
     read_commit,
     write_attempt,
@@ -48,7 +52,7 @@ def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False)
     """
     settle_rank_variables()
     recipe = _recipe_of(config)
-    module = sys.modules[type(task).__module__]
+    module = task if isinstance(task, ModuleType) else sys.modules[type(task).__module__]
     task = with_defaults(task, module.__name__)
     if score is None and recipe is not None:
         scored = recipe.score
@@ -68,7 +72,8 @@ def train(task: Any, config: RunConfig, score: Any = None, resume: bool = False)
         settle_environment(plan.device, plan.strategy, plan.deterministic)
         number = current_attempt(run.events)
         # A notebook's cells lie in no file.
-        code = recipe.folder if recipe else Path(getattr(module, "__file__", None) or run.path).parent
+        own = [Path(str(module.__file__))] if getattr(module, "__file__", None) else []
+        code = recipe.source_files() if recipe is not None else own
         train_task(Attempt(run, number, config, plan, stop, Heartbeat(run, rank)), task, scored, code)
         if rank == 0:
             log_event(run.events, "finished", attempt=number)
@@ -81,6 +86,8 @@ def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStac
     directory = RunDir(config.output_dir / str(config.name)) if resume else free_directory(config)
     if not resume:
         check_output(directory)
+    if getattr(config.data, "stage_to", None) is not None:
+        print("note           data.stage_to has no part in a training from Python: its task has read the data already")
     facts = _facts(task)
     hardware = detect_hardware()
     plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], number_of_ranks())
@@ -95,9 +102,17 @@ def _start(task: Any, config: RunConfig, resume: bool, held: contextlib.ExitStac
     return start
 
 
+def load_config(recipe: str, settings: list[str]) -> RunConfig:
+    """The config of a recipe, hub names in it pinned to their commits, as in a run's own config."""
+    loaded = config_io.load(recipe, settings)
+    return pinned(loaded, load_recipe(loaded.config.recipe)).config
+
+
 def make_task(config: RunConfig) -> Any:
     """The task of the config's recipe, its data prepared, or found prepared."""
+    settle_offline(config.data)
     recipe = load_recipe(config.recipe)
+    check_metric(config, recipe)
     return recipe.make_task(config, prepared.prepare(config, recipe))
 
 

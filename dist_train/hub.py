@@ -91,8 +91,7 @@ def refusal(what: str, error: Exception, folder: Path, instead: str) -> ToolkitE
     if isinstance(error, errors.HfHubHTTPError) and response is not None:
         advice = _ADVICE.get(response.status_code, "try again later")
         return DataError(f"{what}, but {_shown(endpoint())} answered HTTP {response.status_code}: {advice}.")
-    cause = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return unreachable(what, re.sub(r"//[^/@\s]*@", "//", cause).rstrip("."), instead)
+    return unreachable(what, type(error).__name__, instead)
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_train.config import RunConfig
 from dist_train.config_io import dump, load
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, StorageError, UnsafeInputError
 from dist_train.recipe import load_recipe
 from dist_train.rundir import MODEL_RECORD, json_text, read_json, write_json
 
@@ -72,10 +73,28 @@ def write_record(folder: Path, config: RunConfig, facts: Mapping[str, Any], reco
 def load_model_folder(folder: Path) -> LoadedModel:
     """The model of a folder on the CPU, in evaluation mode."""
     record = read_json(folder / MODEL_RECORD)
+    if "format" not in record:
+        raise ConfigError(
+            f"{folder} was written by a version that kept no settings in it: write it again with dist-train eval RUN."
+        )
     if record["format"] > FORMAT:
         raise ConfigError(
             f"{folder} was written by a newer version (format {record['format']}, this one reads {FORMAT})."
         )
+    code = next(folder.rglob("*.py"), None)
+    if code is not None:
+        raise UnsafeInputError(
+            f"{folder} holds Python code, {code.name}: a model folder is data, and nothing in it is run. Remove the "
+            "file; a recipe of your own lies elsewhere, or is installed."
+        )
     config = load(str(folder / "recipe.yaml"), site=False).config
-    task = load_recipe(config.recipe).make_task(config, folder)
-    return LoadedModel(task, read_model(folder, task).eval(), config, record)
+    recipe = load_recipe(config.recipe)
+    try:
+        task = recipe.make_task(config, folder)
+        model = read_model(folder, task).eval()
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise StorageError(
+            f"the model in {folder} is damaged, or not one of this version of {recipe.name}: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    return LoadedModel(task, model, config, record)

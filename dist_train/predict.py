@@ -1,7 +1,7 @@
 """Predict with a model folder: the same answers from Python, from the command line, and on any number of ranks.
 
 The work is cut into chunks of rows; a chunk is computed alike wherever it runs, so that ranks need not know each other:
-python -m dist_train.predict FOLDER INPUT OUT RANK WORLD_SIZE
+python -m dist_train.predict FOLDER INPUT OUT ID_COLUMN RANK WORLD_SIZE
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from dist_train.model_folder import LoadedModel, load_model_folder
 from dist_train.records import chunks_of, read_records
 from dist_train.rundir import find_model_folder
 from dist_train.task import Batch
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Predictor:
@@ -70,24 +72,31 @@ class Predictor:
         try:
             return self._loaded.task.encode(records)
         except KeyError as error:
+            name = error.args[0] if error.args else None
+            lacking = next((record for record in records if name not in record), None)
+            if lacking is None:
+                raise
             raise DataError(
-                f"the rows to predict have no column {error}, which the model needs. Columns that they have: "
-                f"{', '.join(records[0])}."
+                f"the rows to predict have no column {name!r}, which the model needs. Columns that they have: "
+                f"{', '.join(map(str, lacking))}."
             ) from error
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"the rows to predict cannot be read as the model's input: {error}") from error
 
-    def id_column(self) -> str | None:
-        """The column that names a row, where the training had one."""
-        return getattr(self._loaded.config.data, "id_column", None)
-
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        outputs: dict[str, Tensor] = self._loaded.model({name: value.to(self._device) for name, value in batch.items()})
+        placed = {name: value.to(self._device) for name, value in batch.items()}
+        # In the precision of the evaluation that chose temperature and threshold.
+        dtype = _DTYPES.get(self._loaded.record["precision"])
+        with torch.autocast(self._device.type, dtype, enabled=dtype is not None):
+            outputs: dict[str, Tensor] = self._loaded.model(placed)
         return outputs
 
 
-def predict_share(folder: str, source: str, out: Path, rank: int, world_size: int) -> None:
-    """Answer every chunk whose turn it is, each into a Parquet file of its own below `out`."""
+def predict_share(folder: str, source: str, out: Path, id_column: str, rank: int, world_size: int) -> None:
+    """Answer every chunk whose turn it is, each into a Parquet file of its own below `out`.
+
+    id_column: what names a row; "" where its number alone does.
+    """
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     predictor = Predictor(folder, device)
     start = 0
@@ -95,11 +104,8 @@ def predict_share(folder: str, source: str, out: Path, rank: int, world_size: in
         if index % world_size == rank:
             table = predictor.predict_chunk(chunk)
             columns = {"row": pa.array(range(start, start + len(chunk)), pa.int64())}
-            column = (
-                predictor.id_column() if predictor.id_column() in chunk[0] else ("id" if "id" in chunk[0] else None)
-            )
-            if column is not None:
-                columns["id"] = pa.array([str(record[column]) for record in chunk])
+            if id_column:
+                columns["id"] = pa.array([_name_of(record, id_column) for record in chunk], pa.string())
             columns |= {name: table[name] for name in table.column_names}
             temporary = out / f".{index:08d}.tmp"
             pq.write_table(pa.table(columns), temporary)
@@ -107,11 +113,16 @@ def predict_share(folder: str, source: str, out: Path, rank: int, world_size: in
         start += len(chunk)
 
 
+def _name_of(record: Mapping[str, Any], column: str) -> str | None:
+    value = record.get(column)
+    return None if value is None else str(value)
+
+
 def main(arguments: list[str]) -> int:
-    """arguments: model folder, input, folder of the answers, rank, number of ranks."""
-    folder, source, out, rank, world_size = arguments
+    """arguments: model folder, input, folder of the answers, column that names a row, rank, number of ranks."""
+    folder, source, out, id_column, rank, world_size = arguments
     try:
-        predict_share(folder, source, Path(out), int(rank), int(world_size))
+        predict_share(folder, source, Path(out), id_column, int(rank), int(world_size))
     except ToolkitError as error:
         print(f"{error.title}: {error}", file=sys.stderr)
         return error.exit_code

@@ -6,10 +6,12 @@ A prepared folder exists whole or not at all; facts.json lists its files.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
     """
     from filelock import FileLock
 
-    content = recipe.data.describe(config) if hasattr(recipe.data, "describe") else describe(config, recipe.data)
-    described = {"recipe": recipe.name, "data": content}
+    if not hasattr(recipe.data, "build"):
+        return _unprepared(config, recipe)
+    own = hasattr(recipe.data, "describe")
+    described = {"recipe": recipe.name, "data": recipe.data.describe(config) if own else describe(config, recipe)}
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     folder = cache_folder(config) / f"{Path(recipe.name).name}-{key[:24]}"
     if is_whole(folder):
@@ -45,7 +49,9 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
                 try:
                     temporary.mkdir()
-                    commit(temporary, folder, completed(_build(config, recipe, temporary, say), key))
+                    facts = recipe.data.build(config, temporary, say)
+                    # The code is part of what a default description says, but not of what the data is.
+                    commit(temporary, folder, completed(facts, key if own else _fingerprint(temporary)))
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
                 say(f"data           prepared: {folder}")
@@ -54,14 +60,29 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
     return folder
 
 
-def _build(config: Any, recipe: Any, folder: Path, say: Say) -> dict[str, Any]:
-    if hasattr(recipe.data, "build"):
-        facts: dict[str, Any] = recipe.data.build(config, folder, say)
-        return facts
-    # Nothing to prepare: the task reads its data itself.
+def _unprepared(config: Any, recipe: Any) -> Path:
+    """The folder, with facts alone, of a recipe that prepares nothing: its task reads the data itself, each time."""
     from dist_train.task import facts_of_rows
 
-    return facts_of_rows(recipe.make_task(config, folder))
+    root = cache_folder(config)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{Path(recipe.name).name}-", dir=root))
+        try:
+            facts = facts_of_rows(recipe.make_task(config, temporary))
+            folder = root / f"{Path(recipe.name).name}-{facts['rows_fingerprint'][:24]}"
+            if not is_whole(folder):
+                commit(temporary, folder, completed(facts, facts["rows_fingerprint"]))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise unwritable(root, error, "data.cache_dir") from error
+    return folder
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the content of all files below the folder."""
+    return hashlib.sha256(json.dumps(_content(folder), sort_keys=True).encode()).hexdigest()
 
 
 def completed(facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
@@ -71,25 +92,34 @@ def completed(facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     return {"fingerprint": fingerprint, "rows": rows, **unsaid, **facts}
 
 
-def describe(config: Any, module: Any) -> dict[str, Any]:
+def describe(config: Any, recipe: Any) -> dict[str, Any]:
     """What a recipe's prepared data depends on, where the recipe does not say: the values of its `data` section, the
-    content of the files that they name, and the code that prepares them."""
+    content of the files that they name, and the recipe's code. DataError for a file that is not there."""
     values: dict[str, Any] = {}
     for key, value in config.data.model_dump(mode="json", exclude=set(CachedData.model_fields)).items():
         extra = type(config.data).model_fields[key].json_schema_extra
         if isinstance(extra, dict) and extra.get("format") == "path" and value is not None:
-            values[key] = [_content(Path(path)) for path in (value if isinstance(value, list) else [value])]
+            values[key] = [_described(path, key) for path in (value if isinstance(value, list) else [value])]
         else:
             values[key] = value
-    return {"values": values, "code": _content(Path(module.__file__))}
+    return {"values": values, "code": [_content(file) for file in recipe.source_files()]}
+
+
+def _described(path: str, key: str) -> Any:
+    """The content of what a path or glob names."""
+    found = [path] if os.path.exists(path) else sorted(glob.glob(path))
+    if not found:
+        raise DataError(f"data.{key} is {path}, but there is no such file or folder.")
+    try:
+        return [_content(Path(file)) for file in found]
+    except OSError as error:
+        raise DataError(f"data.{key} is {path}, which cannot be read: {error.strerror}.") from error
 
 
 def _content(path: Path) -> Any:
-    """The hash of a file, those of all files below a folder, or the bare name where there is neither."""
+    """The hash of a file, or those of all files below a folder."""
     if path.is_dir():
         return {str(file.relative_to(path)): _content(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    if not path.is_file():
-        return str(path)
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

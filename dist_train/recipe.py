@@ -53,6 +53,10 @@ class Recipe:
     folder: Path
 
     @property
+    def is_shipped(self) -> bool:
+        return self.package.startswith("recipes.")
+
+    @property
     def config(self) -> Any:
         """config.py, with `Config`."""
         return self._part("config")
@@ -66,6 +70,13 @@ class Recipe:
     def score(self) -> Score:
         """score.py, with `METRIC` and `measure` (see score.py here)."""
         return read_score(self._part("score"), str(self._file("score")))
+
+    def source_files(self) -> list[Path]:
+        """The modules of its folder, and of the packages in it."""
+        packages = sorted(path.parent for path in self.folder.glob("*/__init__.py"))
+        return sorted(self.folder.glob("*.py")) + [
+            file for package in packages for file in sorted(package.rglob("*.py"))
+        ]
 
     def make_task(self, config: Any, prepared: Path) -> Any:
         """The task of this config over a prepared folder, or over a model folder. Imports torch."""
@@ -208,7 +219,7 @@ def _folder_of(package: str) -> Path:
 
 def _import(package: str, folder: Path, file: Path) -> ModuleType:
     if package.startswith("recipes."):
-        _import_own_recipes()
+        import_shipped_recipes()
     elif package.startswith("own_recipe_") and package not in sys.modules:
         # A package of that folder alone: the user's other modules cannot shadow anything, nor be shadowed.
         made = ModuleType(package)
@@ -248,7 +259,7 @@ def _summary(path: Path) -> str:
     return ""
 
 
-def _import_own_recipes() -> None:
+def import_shipped_recipes() -> None:
     """Import the `recipes` package beside this one by its place: the user's folder may hold a `recipes/` of its own,
     which comes first on the path under `python -m`."""
     folder = recipes_folder()

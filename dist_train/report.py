@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 
 from dist_train import plots
 from dist_train.config import RunConfig
-from dist_train.errors import DataError
+from dist_train.errors import ConfigError, DataError
 from dist_train.events import read_lines
 from dist_train.init_from import started_from
 from dist_train.metrics import bootstrap_weights, interval
 from dist_train.plan import LaunchPlan
+from dist_train.recipe import load_recipe
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from dist_train.score import Score, by_group, is_of_group
 
@@ -67,7 +68,7 @@ def build_report(
         "training": _training(run, lines),
         "plan": LaunchPlan.from_json(read_json(run.plan)).to_json(),
         "environment": read_json(run.environment),
-        "repeat": [f"dist-train run {run.path}/config.yaml", f"dist-train report {run.path}"],
+        "repeat": _commands(run, config),
     }
     figures = [plots.curves(lines, config.eval.metric or score.metric, report["training"]["best_step"])]
     figures += score.figures(tables["test"], report["groups"]["test"])
@@ -78,6 +79,15 @@ def build_report(
     if results is run and run.model_record.is_file():
         write_atomic(run.best / "README.md", _model_card(run, report))
     return report
+
+
+def _commands(run: RunDir, config: RunConfig) -> list[str]:
+    """How to do it again; nothing for a task that a program of the user's made itself."""
+    try:
+        load_recipe(config.recipe)
+    except ConfigError:
+        return []
+    return [f"dist-train run {run.path}/config.yaml", f"dist-train report {run.path}"]
 
 
 def _model_card(run: RunDir, report: dict[str, Any]) -> str:

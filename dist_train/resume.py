@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,11 @@ def _take_over(run: RunDir, engine: Engine, task: Task, model: nn.Module) -> Non
         log_event(run.events, "progress", message=text)
 
 
-def code_fingerprint(recipe_folder: Path) -> str:
-    """A hash of the toolkit's and the recipe's own source: the modules that lie in their folders."""
+def code_fingerprint(sources: Iterable[Path]) -> str:
+    """A hash of the toolkit's own source and of the recipe's."""
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, recipe_folder):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), *sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -85,6 +85,8 @@ def new_run(
     loaded = pinned(loaded, recipe)
     config = loaded.config
     facts = prepare_data(config, recipe, loaded.sources)
+    if not recipe.is_shipped:
+        recipe.make_task(config, Path(facts["folder"]))  # what it lacks is said before there is a directory
     start = _planned(directory, config, loaded.sources, facts, world_size, measure)
     check(start)
     create_directory(start, facts, git)
@@ -184,7 +186,7 @@ def check_deepspeed_base(start: Start) -> None:
 
 
 def check_metric(config: RunConfig, recipe: Recipe) -> None:
-    """eval.metric names a metric of the recipe that is better when higher."""
+    """eval.metric names a metric that the recipe chooses by."""
     known = recipe.score.metrics
     if config.eval.metric is not None and config.eval.metric not in known:
         raise ConfigError(f"eval.metric is {config.eval.metric}, but this recipe can choose by: {', '.join(known)}.")
@@ -250,7 +252,8 @@ def kept_data(directory: RunDir, config: RunConfig, recipe: Recipe) -> dict[str,
     """The facts of the data that the run was trained on; prepared again where the cache was cleared."""
     recorded = read_json(directory.data_facts)
     if not prepared.is_whole(Path(recorded["folder"])):
-        recorded = same_data(directory, config, recipe, [])
+        # Nothing is trained on it: what an older version prepared otherwise is no reason to refuse a report.
+        recorded = same_data(directory, config, recipe, ["data"])
         write_json(directory.data_facts, recorded)
     return recorded
 

@@ -247,6 +247,9 @@ def check_columns(where: Path | str, existing: Sequence[str], columns: Mapping[s
 
 
 def as_text(value: Any) -> str | None:
+    """Text as the readers give it; a missing value is None, also as NaN."""
+    if value is None or value != value:
+        return None
     return value if value is None or isinstance(value, str) else str(value)
 
 

@@ -97,7 +97,7 @@ def run_rank(run: RunDir, attempt: int, stop: StopFlag, heartbeat: Heartbeat, ar
     folder = Path(facts["folder"]) if stage_to is None else staged_folder(run, attempt, facts, stage_to)
     task = recipe.make_task(config, folder)
     rank = Attempt(run, attempt, config, plan, stop, heartbeat)
-    train_task(rank, task, recipe.score, recipe.folder, arguments, recipe)
+    train_task(rank, task, recipe.score, recipe.source_files(), arguments, recipe)
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def train_task(
     attempt: Attempt,
     task: Task,
     score: Score,
-    code: Path,
+    code: list[Path],
     arguments: tuple[str, ...] = (),
     recipe: Recipe | None = None,
 ) -> None:
     """Engine, resume, train, finish.
 
-    code: the folder of the task's modules. arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT
+    code: the files that define the task. arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT
     trains nothing; --parity records each step and ends there; --bandwidth measures the collectives and trains nothing.
     recipe: where the memory of a step is to be held against its prediction.
     """

@@ -69,7 +69,7 @@ def _begin(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(CrashError.exit_code)  # it died before we could ask for that
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    recipe._import_own_recipes()  # before a job names a module of theirs
+    recipe.import_shipped_recipes()  # before a job names a module of theirs
 
 
 @contextmanager

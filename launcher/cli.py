@@ -172,7 +172,11 @@ def accept(nodes: int | None, gpus_per_node: int | None, output: str) -> None:
 @click.argument("run_dir", shell_complete=complete.runs)
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--output", help="Where the answers go, ending in .parquet, .csv or .jsonl; else CSV to standard output.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Processes; else every GPU, or one on a CPU.")
+@click.option(
+    "--gpus-per-node",
+    type=click.IntRange(min=1),
+    help="Processes; else every GPU, or one on a CPU. On a CPU each has one thread.",
+)
 def predict(run_dir: str, file: str, output: str | None, gpus_per_node: int | None) -> None:
     """Answer the rows of FILE with the model of RUN_DIR (a run, or a model folder).
 

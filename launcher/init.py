@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 
 from dist_train import config_io
 from dist_train.errors import BusyError, ConfigError
 from dist_train.file_profile import profile_file
-from dist_train.recipe import load_recipe
+from dist_train.recipe import load_recipe, resolve_recipe_file
 from dist_train.rundir import unwritable
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def init(name: str, recipe_name: str, data: str, label: str | None, text: list[str]) -> Path:
@@ -19,11 +22,17 @@ def init(name: str, recipe_name: str, data: str, label: str | None, text: list[s
     file = folder / "recipe.yaml"
     if file.exists():
         raise BusyError(f"{file} exists already; nothing in it was touched. Give another name, or remove it.")
-    recipe = load_recipe(recipe_name)
-    starter = recipe.starter
+    if _RUN_NAME.fullmatch(folder.name) is None:
+        raise ConfigError(
+            f"NAME is {name!r}, but only letters, digits, '.', '_' and '-' are allowed in its last part, which names "
+            "runs too."
+        )
+    base = resolve_recipe_file(recipe_name)
+    starter = load_recipe(config_io.load(str(base), site=False).config.recipe).starter
     if starter is None:
         raise ConfigError(
-            f"the recipe {recipe_name} has no starter: write a recipe.yaml with `extends: {recipe_name}`."
+            f"--from is {recipe_name}, which has no starter: write a recipe.yaml that has `extends:` and that name or "
+            "file. ticket_routing has one."
         )
     # As a path from the new file, so that the two can be moved together.
     path = data if Path(data).is_absolute() else os.path.relpath(data, folder)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dist_train.config_io import load
 from dist_train.errors import ConfigError, DataError, StorageError
 from dist_train.hardware import detect_hardware
 from dist_train.records import read_records
@@ -43,18 +44,26 @@ def predict(path: str, source: str, output: str | None, processes: int | None) -
         parts = Path(folder) / "parts"
         parts.mkdir()
         rows_file = _spool(Path(folder)) if source == "-" else source
-        if next(read_records(rows_file), None) is None:  # what is no table is said before torch is imported
+        first = next(read_records(rows_file), None)  # what is no table is said before torch is imported
+        if first is None:
             raise DataError(f"{'standard input' if source == '-' else source} has no rows.")
         module = [sys.executable, "-P", "-m", "dist_train.predict", folder_of_model, rows_file, str(parts)]
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        if count > 1 and not gpus:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        module.append(_id_column(folder_of_model, first[0]))
+        # One thread each, however many there are: sums over another number of threads round otherwise.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         run_together([[*module, str(rank), str(count)] for rank in range(count)], environment)
         tables = [pq.ParquetFile(file) for file in sorted(parts.glob("*.parquet"))]
         rows = sum(table.metadata.num_rows for table in tables)
         _write(tables, output)
     seconds = time.monotonic() - began
     print(f"{rows:,} rows in {seconds:.1f} s{f': {output}' if output else ''}", file=sys.stderr)
+
+
+def _id_column(folder: str, record: dict[str, Any]) -> str:
+    """What names a row in the answers: the column that did in the training, else `id`; "" where there is neither."""
+    config = load(str(Path(folder) / "recipe.yaml"), site=False).config
+    names = (getattr(config.data, "id_column", None), "id")
+    return next((name for name in names if name is not None and name in record), "")
 
 
 def _check_writable(output: Path) -> None:

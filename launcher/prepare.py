@@ -36,19 +36,16 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ordered = sorted(training.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{label} {count}" for label, count in ordered[:10])
         lines.append(("labels", f"in training: {shown}{' …' if len(ordered) > 10 else ''}"))
-    if "leaks" in facts:
-        leaks = facts["leaks"]
-        lines.append(
-            (
-                "duplicates",
-                f"{leaks['exact_duplicates']} copies; {leaks['near_duplicate_rows']} rows in "
-                f"{leaks['near_duplicate_groups']} groups of near-duplicates, the largest of {leaks['largest_group']}; "
-                f"{sum(leaks['groups_crossing'].values())} groups cross a split, {leaks['rows_dropped']} rows dropped",
-            )
-        )
+    if facts.get("leaks"):
+        counted = (f"{name.replace('_', ' ')} {_total(value)}" for name, value in facts["leaks"].items())
+        lines.append(("leaks", ", ".join(counted)))
     if "lengths" in facts:
         lines.append(("lengths", ", ".join(f"{name} {value:g}" for name, value in facts["lengths"].items())))
     if "vocabulary" in facts:
         lines.append(("vocabulary", str(facts["vocabulary"])))
     lines += [("warning", warning) for warning in facts.get("warnings", [])]
     return [*lines, ("folder", facts["folder"])]
+
+
+def _total(value: Any) -> Any:
+    return sum(value.values()) if isinstance(value, dict) else value

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -247,7 +248,12 @@ def run_together(commands: list[list[str]], environment: dict[str, str]) -> None
                     ends_with_us = functools.partial(_die_with, os.getpid())
                     children.append(
                         subprocess.Popen(
-                            command, env=environment, stdin=subprocess.DEVNULL, stderr=stream, preexec_fn=ends_with_us
+                            command,
+                            env=environment,
+                            stdin=subprocess.DEVNULL,
+                            stdout=sys.stderr,  # the answers have standard output for themselves
+                            stderr=stream,
+                            preexec_fn=ends_with_us,
                         )
                     )
             while any(child.poll() is None for child in children) and not any(child.returncode for child in children):

@@ -33,7 +33,7 @@ def print_list(output_dir: str) -> None:
     for run in sorted(runs, key=_started):
         report = _read(run.report_json)
         names = report["headline"][:2] if report else []
-        headline = [f"{name} {report['metrics']['test'][name]['value']:.4f}" for name in names]
+        headline = [f"{name} {_point(report['metrics']['test'].get(name))}" for name in names]
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(_started(run)))
         table.add_row(run.name, started, _state(run), _progress(run), "  ".join(headline))
     open_console().print(table)
@@ -69,7 +69,7 @@ def print_diff(first: str, second: str, output_dir: str) -> None:
         results.add_row(name, *(show_interval(test[name]) if name in test else "-" for test in tests))
     console.print(results)
     groups = [report.get("groups", {}).get("test", {}) for report in reports]
-    for kind in groups[0]:
+    for kind in {**groups[0], **groups[1]}:
         console.print(_group_table(kind, [side.get(kind, {}) for side in groups], runs))
     if sides[0]["data"] != sides[1]["data"]:
         console.print("The two were tested on different data or splits: their results cannot be compared row by row.")
@@ -77,7 +77,7 @@ def print_diff(first: str, second: str, output_dir: str) -> None:
 
 def _group_table(kind: str, sides: list[dict[str, Any]], runs: list[RunDir]) -> Table:
     """The last metric and the rows of each class or other part, side by side; those of one run alone come last."""
-    metric = list(next(iter(sides[0].values())))[-1]
+    metric = list(next(iter((sides[0] or sides[1]).values())))[-1]
     table = Table(f"test split, {metric} by {kind}", *(column for run in runs for column in (run.name, "rows")))
     shared = [name for name in sides[0] if name in sides[1]]
     alone = [name for side, other in (sides, sides[::-1]) for name in side if name not in other]
@@ -85,10 +85,15 @@ def _group_table(kind: str, sides: list[dict[str, Any]], runs: list[RunDir]) -> 
         cells: list[str] = []
         for side in sides:
             entry = side.get(name)
-            shown = (show_interval(entry[metric]), str(entry["rows"])) if entry else ("-", "-")
-            cells.extend(shown)
+            cells.append(show_interval(entry[metric]) if entry and metric in entry else "-")
+            cells.append(str(entry.get("rows", "-")) if entry else "-")
         table.add_row(name, *cells)
     return table
+
+
+def _point(entry: dict[str, Any] | None) -> str:
+    value = None if entry is None else entry["value"]
+    return "not defined" if value is None else f"{value:.4f}"
 
 
 def _find(name: str, output_dir: str) -> RunDir:

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
 import dist_train as toolkit
 from dist_train.errors import ConfigError, DataError
-from tests.front_door import WORDS, dist_train, environment, start, write_tickets
+from tests.front_door import WORDS, alive, dist_train, environment, start, write_tickets
 
 pytestmark = pytest.mark.front_door
 
@@ -206,10 +207,14 @@ def test_answers_that_cannot_be_written_are_an_error(desk: Path, new: list[dict[
 
 def test_ctrl_c_leaves_no_process_and_no_file(desk: Path, new: list[dict[str, str]]) -> None:
     process = start(["predict", "runs/whole2", "new.csv", "--output", "stopped.csv", "--gpus-per-node", "2"], desk)
-    time.sleep(2.0)
+    deadline = time.monotonic() + 30
+    while len(children := psutil.Process(process.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
+    assert not any(alive(child.pid) for child in children)
     assert not [name for name in os.listdir(desk) if "stopped" in name]
 
 

@@ -5,6 +5,7 @@ A chunk folder holds text.arrow (id, text) and one array a file; a token folder 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -190,6 +191,15 @@ def remove_stale(root: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
         except OSError:
             continue  # its owner has just finished it
+
+
+def size_of(root: Path) -> int:
+    """Bytes of the chunks that are there. Others may be made, or given their names, meanwhile."""
+    total = 0
+    for file in root.glob("[!.]*/*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def join_text(parts: Iterable[str | None]) -> str:

@@ -63,7 +63,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     root = config.data.cache_dir / "chunks"
     root.mkdir(parents=True, exist_ok=True)
     chunks.remove_stale(root)
-    kept = sum(file.stat().st_size for file in root.glob("*/*"))
+    kept = chunks.size_of(root)
     check_space(config.data.cache_dir, sum(source.bytes_needed for source in sources), kept, say)
     say(f"data           reading {', '.join(source.where for source in sources)}")
     work = folder / "work"

@@ -124,12 +124,19 @@ def _with_adapters(model: Any, config: ModelConfig) -> nn.Module:
         exclude_modules=head,
     )
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(
             f"model.lora_targets is {config.lora_targets}, which PEFT refuses: {str(error).splitlines()[0]}\n"
             "Name modules of the encoder, or all-linear, or set model.lora_targets to null."
         ) from error
+    # What the adapter's folder says it belongs to: not where the encoder lay on this machine.
+    settings.base_model_name_or_path = Path(str(config.pretrained)).name if _is_path(config) else config.pretrained
+    return adapted
+
+
+def _is_path(config: ModelConfig) -> bool:
+    return Path(str(config.pretrained)).is_absolute()
 
 
 def _head_modules(classifier: Any) -> list[str]:

@@ -20,6 +20,7 @@ from dist_train.errors import DataError
 from dist_train.init_from import Taken, take_weights
 from dist_train.prepared import load_facts
 from dist_train.records import check_record
+from dist_train.table_files import as_text
 from dist_train.task import Batch, ListedRows
 from recipes.ticket_routing import score
 from recipes.ticket_routing.chunks import join_text
@@ -119,7 +120,9 @@ class TicketTask:
         names = self.config.data.text_columns
         for record in records:
             check_record(record, names)
-        encoded = self._tokenizer().encode_batch_fast([join_text(record[name] for name in names) for record in records])
+        encoded = self._tokenizer().encode_batch_fast(
+            [join_text(as_text(record[name]) for name in names) for record in records]
+        )
         tokens = [np.array(encoding.ids or [1], dtype=np.int64) for encoding in encoded]
         lengths = np.array([len(row) for row in tokens], dtype=np.int64)
         return ListedRows([(row, 0) for row in tokens], lengths)

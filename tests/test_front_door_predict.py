@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import dist_train as toolkit
-from dist_train.errors import ConfigError, DataError
+from dist_train.errors import ConfigError, DataError, StorageError
 from tests.front_door import WORDS, alive, dist_train, environment, start, write_tickets
 
 pytestmark = pytest.mark.front_door
@@ -94,6 +94,40 @@ def test_answers_go_to_a_file_whole_and_keep_the_rows_ids(
         answers = _read(out.read_text())
     assert [answer["id"] for answer in answers] == [f"T{index}" for index in range(7)]
     assert os.listdir(out.parent) == [out.name]
+
+
+def test_rows_without_an_id_among_rows_with_one_have_an_empty_one(desk: Path, tmp_path: Path) -> None:
+    with open(tmp_path / "mixed.jsonl", "w") as stream:
+        for index in range(2100):
+            stream.write(
+                json.dumps({"id": index, "text": "vpn"} if index < 2048 or index % 2 else {"text": "vpn"}) + "\n"
+            )
+    done = _predict(desk, "runs/whole2", str(tmp_path / "mixed.jsonl"))
+    assert done.returncode == 0, done.stderr
+    answers = _read(done.stdout)
+    assert [answer["id"] for answer in answers[2046:2052]] == ["2046", "2047", "", "2049", "", "2051"]
+    assert len({len(answer) for answer in answers}) == 1
+
+
+def test_code_in_a_model_folder_is_refused_and_not_run(desk: Path, new: list[dict[str, str]], tmp_path: Path) -> None:
+    evil = tmp_path / "model"
+    shutil.copytree(desk / "runs" / "whole2" / "best", evil)
+    text = (evil / "recipe.yaml").read_text()
+    (evil / "recipe.yaml").write_text(text.replace("recipe: ticket_routing", "recipe: ./"))
+    (evil / "task.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    done = _predict(desk, str(evil), "new.csv")
+    assert done.returncode == 4, done.stderr
+    assert "holds Python code, task.py" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_model_folder_is_named(desk: Path, new: list[dict[str, str]], tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(desk / "runs" / "whole2" / "best", broken)
+    with open(broken / "model.safetensors", "r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(StorageError, match="is damaged"):
+        toolkit.load(str(broken))
 
 
 def test_standard_input_is_answered_as_csv_or_as_json_lines(desk: Path, new: list[dict[str, str]]) -> None:
@@ -225,3 +259,4 @@ def test_python_says_what_is_wrong_with_rows(desk: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run directory"):
         toolkit.load(str(desk))
     assert predictor.predict([]) == []
+    assert len(predictor.predict([{"text": 123}, {"text": float("nan")}, {"text": None}])) == 3

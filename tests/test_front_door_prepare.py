@@ -19,7 +19,7 @@ def test_prepare_shows_what_the_data_holds_and_plan_finds_it(tmp_path: Path) -> 
     shown = dict(line.split(None, 1) for line in done.stdout.splitlines())
     assert shown["rows"] == "600, 3 labels"
     assert shown["splits"] == "train 417, validation 62, test 121 (stratified)"
-    assert "0 groups cross a split" in shown["duplicates"]
+    assert "groups crossing 0" in shown["leaks"]
     assert Path(shown["folder"]).parent == tmp_path / "prepared"
     assert shown["next"] == f"dist-train run ticket_routing {' '.join(SETTINGS)}"
     assert not (tmp_path / "runs").exists()

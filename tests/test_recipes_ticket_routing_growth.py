@@ -291,6 +291,10 @@ def test_the_ngram_baseline_learns_from_a_bounded_number_of_rows(
     assert chosen.tolist() == sorted(chosen)
     tables = score.baselines(folder, lambda text: None)
     assert tables["ngram"]["test"].num_rows == len(StoredSplit(folder, "test"))
+    for kept in folder.glob("baselines-*"):
+        shutil.rmtree(kept)
+    monkeypatch.setattr(score, "_PREDICTED_AT_ONCE", 7)
+    assert score.baselines(folder, lambda text: None) == tables, "predicted in parts"
     assert "at most 200,000 training rows" in score.BASELINES["ngram"]
 
 

@@ -27,6 +27,7 @@ COMPARED = ("accuracy", "macro_f1")
 LOSS = "log_loss"
 # Its features are held in memory: millions of tickets would fill it.
 _MOST_BASELINE_ROWS = 200_000
+_PREDICTED_AT_ONCE = 50_000
 BASELINES = {
     "ngram": f"TF-IDF of words and word pairs + logistic regression, on at most {_MOST_BASELINE_ROWS:,} training rows",
     "majority": "always the largest queue",
@@ -150,7 +151,7 @@ def baselines(prepared: Path, report: Callable[[str], None]) -> dict[str, dict[s
 
     They depend on the split alone, so they are kept beside it and trained once, if the folder can be written.
     """
-    described = json.dumps([_BASELINE_VERSION, _NGRAM, _REGRESSION, _STRENGTHS], default=str)
+    described = json.dumps([_BASELINE_VERSION, _NGRAM, _REGRESSION, _STRENGTHS, _MOST_BASELINE_ROWS], default=str)
     folder = prepared / f"baselines-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
     files = {(name, split): folder / f"{name}-{split}.parquet" for name in BASELINES for split in _SPLITS}
     if all(path.is_file() for path in files.values()):
@@ -186,28 +187,39 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
     except ValueError:  # no word stands twice, or there are no words between spaces
         vectorizer = TfidfVectorizer(**_NGRAM | {"analyzer": "char", "min_df": 1})
         counts = vectorizer.fit_transform(texts)
-    seen = {split: vectorizer.transform(stored.texts()) for split, stored in held_out.items()}
-    best = -1.0
-    tables: dict[tuple[str, str], pa.Table] = {}
+    validation = held_out["validation"]
+    judged = _baseline_rows(len(validation))
+    seen, judged_rows = vectorizer.transform(validation.texts(judged)), rows["validation"].take(judged)
+    best, chosen_model = -1.0, None
     for strength in _STRENGTHS:
         model = LogisticRegression(C=strength, **_REGRESSION).fit(counts, truth)
-        probability = {split: np.zeros((table.num_rows, len(labels))) for split, table in rows.items()}
-        for split, features in seen.items():
-            # A label without training rows has no column in the regression.
-            probability[split][:, model.classes_] = model.predict_proba(features)
-        predicted = {split: prediction_table(rows[split], probability[split], labels) for split in _SPLITS}
-        reached = _classification(predicted["validation"]).values()[METRIC]
+        predicted = prediction_table(judged_rows, _every_label(model, seen, len(labels)), labels)
+        reached = _classification(predicted).values()[METRIC]
         if reached > best:
-            best = reached
-            tables |= {("ngram", split): table for split, table in predicted.items()}
+            best, chosen_model = reached, model
+    tables: dict[tuple[str, str], pa.Table] = {}
+    for split, stored in held_out.items():
+        # In parts: the features of millions of rows would fill the memory.
+        parts = np.split(np.arange(len(stored)), range(_PREDICTED_AT_ONCE, len(stored), _PREDICTED_AT_ONCE))
+        probability = [
+            _every_label(chosen_model, vectorizer.transform(stored.texts(part)), len(labels)) for part in parts
+        ]
+        tables["ngram", split] = prediction_table(rows[split], np.concatenate(probability), labels)
     share = np.bincount(train.labels, minlength=len(labels)) / len(train)
     for split, table in rows.items():
         tables["majority", split] = prediction_table(table, np.tile(share, (table.num_rows, 1)), labels)
     return tables
 
 
+def _every_label(model: Any, features: Any, num_labels: int) -> np.ndarray:
+    """Probabilities [n, labels]. A label without rows to learn from has no column in the regression."""
+    probability = np.zeros((features.shape[0], num_labels))
+    probability[:, model.classes_] = model.predict_proba(features)
+    return probability
+
+
 def _baseline_rows(count: int) -> np.ndarray:
-    """Which of `count` training rows the n-gram baseline learns from, rising."""
+    """Which of `count` rows the n-gram baseline learns from or is judged by, rising."""
     if count <= _MOST_BASELINE_ROWS:
         return np.arange(count)
     generator = np.random.Generator(np.random.Philox(key=0))

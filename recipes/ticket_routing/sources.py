@@ -18,8 +18,8 @@ from recipes.ticket_routing import datasets_source, split, synthetic
 from recipes.ticket_routing.chunks import CHUNK_ROWS, Chunk, packed
 from recipes.ticket_routing.config import DataConfig
 
-# What a prepared ticket takes on the disk beside its text: signatures, tokens, and its place in the split.
-_BYTES_A_ROW = 200
+# What a ticket takes on the disk beside its text: signatures, tokens, its place in the split, and buckets meanwhile.
+_BYTES_A_ROW = 250
 _SYNTHETIC_TEXT = 130
 
 

@@ -180,24 +180,29 @@ def test_what_the_model_refuses_is_said_by_the_plan_in_its_own_words(settings: l
         measure_profile(task.config, task.prepared, tmp_path / "profile.json", "fp32")
 
 
-ADAPTERS, DECAY = "adapters", "layer decay"
-CASES = [(ADAPTERS, "zero3"), (ADAPTERS, "fsdp"), *((ADAPTERS, name) for name in ("ddp", "zero1", "zero2"))]
-CASES += [(DECAY, name) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp")]
+# What is tuned, by the keys that differ from finetune.yaml.
+WAYS = {
+    "adapters": LORA,
+    "layer decay": ["optim.lr=1e-3"],
+    "frozen backbone": ["optim.freeze=backbone", "optim.layer_decay=null", "optim.head_lr=1e-2"],
+}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+OFTEN = (("adapters", "zero3"), ("adapters", "fsdp"))
+CASES = [*OFTEN, *((way, name) for way in WAYS for name in STRATEGIES if (way, name) not in OFTEN)]
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("what", "strategy"),
-    [pytest.param(*case, marks=() if case in CASES[:2] else pytest.mark.matrix) for case in CASES],
+    ("way", "strategy"), [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.matrix) for case in CASES]
 )
-def test_an_encoder_is_tuned_alike_under_every_strategy(settings: list[str], what: str, strategy: str) -> None:
-    extra = LORA if what == ADAPTERS else ["optim.lr=1e-3"]
-    words = (*settings, *extra, "train.epochs=null", "train.steps=8")
+def test_an_encoder_is_tuned_alike_under_every_strategy(settings: list[str], way: str, strategy: str) -> None:
+    words = (*settings, *WAYS[way], "train.epochs=null", "train.steps=8")
     expected, weights = _alone(words)
     losses, _ = run_ranks(2, _take_steps, words, strategy, 2)[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0]
-    assert any(".lora_B." in name and bool(tensor.any()) for name, tensor in weights.items()) == (what == ADAPTERS)
+    trained = any(".lora_B." in name and bool(tensor.any()) for name, tensor in weights.items())
+    assert trained == (way == "adapters")
 
 
 @functools.cache

@@ -91,7 +91,8 @@ def refusal(what: str, error: Exception, folder: Path, instead: str) -> ToolkitE
     if isinstance(error, errors.HfHubHTTPError) and response is not None:
         advice = _ADVICE.get(response.status_code, "try again later")
         return DataError(f"{what}, but {_shown(endpoint())} answered HTTP {response.status_code}: {advice}.")
-    return unreachable(what, type(error).__name__, instead)
+    kind = type(error).__name__
+    return unreachable(what, "it timed out" if "Timeout" in kind else kind, instead)
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:

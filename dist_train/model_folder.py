@@ -18,7 +18,7 @@ from torch import nn
 
 from dist_train.config import RunConfig
 from dist_train.config_io import dump, load
-from dist_train.errors import ConfigError, StorageError, UnsafeInputError
+from dist_train.errors import ConfigError, StorageError
 from dist_train.recipe import load_recipe
 from dist_train.rundir import MODEL_RECORD, json_text, read_json, write_json
 
@@ -80,12 +80,6 @@ def load_model_folder(folder: Path) -> LoadedModel:
     if record["format"] > FORMAT:
         raise ConfigError(
             f"{folder} was written by a newer version (format {record['format']}, this one reads {FORMAT})."
-        )
-    code = next(folder.rglob("*.py"), None)
-    if code is not None:
-        raise UnsafeInputError(
-            f"{folder} holds Python code, {code.name}: a model folder is data, and nothing in it is run. Remove the "
-            "file; a recipe of your own lies elsewhere, or is installed."
         )
     config = load(str(folder / "recipe.yaml"), site=False).config
     recipe = load_recipe(config.recipe)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_train.errors import BusyError, ConfigError, StorageError
+from dist_train.errors import BusyError, ConfigError, StorageError, UnsafeInputError
 
 # Names the launcher's process to its ranks, which do not outlive it.
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
@@ -145,16 +145,28 @@ class RunDir:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """The model folder at `path`, or best/ of the run there. ConfigError when there is none."""
+    """The model folder at `path`, or best/ of the run there. ConfigError when there is none, UnsafeInputError
+    when code lies in it."""
     given = Path(path).expanduser()
     for folder in (given, given / "best"):
         if (folder / MODEL_RECORD).is_file():
+            _refuse_code(folder)
             return folder
     if (given / "config.yaml").is_file():
         raise ConfigError(
             f"the run {given} has no model folder yet: train it to its end with dist-train resume {given}"
         )
     raise ConfigError(f"{given} is neither a run directory nor a model folder: it has no {MODEL_RECORD} and no best/.")
+
+
+def _refuse_code(folder: Path) -> None:
+    """A recipe.yaml could name its own folder as the recipe, whose modules would then be run."""
+    code = next(folder.rglob("*.py"), None)
+    if code is not None:
+        raise UnsafeInputError(
+            f"{folder} holds Python code, {code.name}: a model folder is data, and nothing in it is run. Remove the "
+            "file; a recipe of your own lies elsewhere, or is installed."
+        )
 
 
 def name_taken(path: Path) -> BusyError:

@@ -70,7 +70,7 @@ def test_what_is_the_same_is_found_again_and_completed_for_the_report(folder: Pa
 
 
 def test_a_helper_that_changes_what_is_built_builds_it_again(folder: Path) -> None:
-    first, facts = _prepared()
+    _, facts = _prepared()
     (folder / "values.py").write_text("SCALE = 2\n")
     folder.rename("twice")  # a process imports a module once; another folder is another module
     second, changed = _prepared("twice")

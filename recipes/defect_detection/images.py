@@ -17,10 +17,8 @@ from scipy import ndimage
 # Changes whenever the same file would be read into other pixels.
 VERSION = 1
 
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
-    + (".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".tga")
-)
+_COMMON = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
+SUFFIXES = frozenset((*_COMMON, ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".tga"))
 _FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
 NOTES = (
     "colour made grey",

@@ -38,7 +38,7 @@ def build_report(
     """
     results = results or run
     facts = read_json(run.data_facts)
-    baselines = score.baselines(Path(facts["folder"]), say)
+    baselines = score.baselines(Path(facts["folder"]), config, say)
     say(f"writing the report ({config.eval.bootstrap_samples} bootstrap samples a split)")
     tables: dict[str, dict[str, pa.Table]] = {}
     measured = {}
@@ -71,7 +71,7 @@ def build_report(
         "repeat": _commands(run, config),
     }
     figures = [plots.curves(lines, config.eval.metric or score.metric, report["training"]["best_step"])]
-    figures += score.figures(tables["test"], report["groups"]["test"])
+    figures += score.figures(tables["test"], report["groups"]["test"], Path(facts["folder"]))
     write_json(results.report_json, report)
     context = {"report": report, "table": summary_table(report), "config": run.config.read_text()}
     write_atomic(results.report_md, _render("report.md.j2", context))
@@ -107,7 +107,8 @@ def _read_predictions(run: RunDir, path: Path) -> pa.Table:
 
 def summary_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Model and baselines on the test split with intervals, then each paired difference; a header row first."""
-    names = report["headline"]
+    # What a recipe measures may depend on its task.
+    names = [name for name in report["headline"] if name in report["metrics"]["test"]]
     rows = [["test split", *names]]
     tables = {"model": report["metrics"]["test"]}
     tables |= {name: splits["test"] for name, splits in report["baselines"].items()}

@@ -62,8 +62,8 @@ def remarks(metrics: Mapping[str, Any]) -> list[str]:
     least = metrics["caught_at_least"]["value"]
     if caught is not None:
         sentences.append(
-            f"{caught:.1%} of the defective test parts are rejected or reviewed (at least {least:.1%}, one-sided 95 %), "
-            f"and {1 - caught:.1%} escape."
+            f"{caught:.1%} of the defective test parts are rejected or reviewed (at least {least:.1%}, one-sided "
+            f"95 %), and {1 - caught:.1%} escape."
         )
     if overkill is not None:
         sentences.append(f"{overkill:.1%} of the good parts are rejected; {review:.1%} of all go to an operator.")
@@ -71,8 +71,8 @@ def remarks(metrics: Mapping[str, Any]) -> list[str]:
     if hit is not None:
         others = [metrics[name]["value"] for name in ("centre_in_mask", "random_point_in_mask")]
         sentences.append(
-            f"The heat map's peak lies in the marked defect of {hit:.1%} of the found parts; the image's middle does in "
-            f"{others[0]:.1%} of them, a random point in {others[1]:.1%}."
+            f"The heat map's peak lies in the marked defect of {hit:.1%} of the found parts; the image's middle does "
+            f"in {others[0]:.1%} of them, a random point in {others[1]:.1%}."
         )
     return sentences
 

@@ -143,9 +143,7 @@ class DefectTask:
         where = (peak * np.array(self.facts["size"]) - place[:, :2]) / place[:, 2:]
         predicted = decisions.predicted(probability, decision)
         columns: dict[str, Any] = {
-            "predicted": pa.array(
-                [self.labels[index] for index in decisions.predicted(probability, decision).tolist()]
-            ),
+            "predicted": pa.array([self.labels[index] for index in predicted.tolist()]),
             "decision": pa.array(decisions.decisions_of(probability, decision)),
             "peak_y": pa.array(where[:, 0].astype(np.float32)),
             "peak_x": pa.array(where[:, 1].astype(np.float32)),

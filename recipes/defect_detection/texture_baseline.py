@@ -13,7 +13,7 @@ from dist_train.baselines import SPLITS, Tables
 from dist_train.metrics import Classification
 from dist_train.prepared import load_facts
 from dist_train.worker_pool import map_in_workers
-from recipes.defect_detection.predictions import make_table
+from recipes.defect_detection.predictions import make_table, read_header
 from recipes.defect_detection.stored import StoredImages
 from recipes.defect_detection.texture import texture_features
 

@@ -13,7 +13,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-TESTS = "tests/test_dist_train_strategies.py"
+TESTS = ("tests/test_dist_train_strategies.py", "tests/test_recipes_defect_detection_strategies.py")
 PAGE = Path("docs/strategies.md")
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -23,6 +23,7 @@ ROWS = {
     "the same with tied embeddings": r"norms_and_gradients.*\[tied transformer-{}-",
     "LSTM over packed rows": r"norms_and_gradients.*\[lstm-{}-",
     "CNN with GroupNorm": r"norms_and_gradients.*\[cnn-{}-",
+    "recipe `defect_detection`: its ResNet and its ConvNeXt, augmentation on": r"trains_alike.*\[\w+-{}\]",
     "accumulation over micro-batches": r"change_nothing\[accumulation-{}\]",
     "activation checkpointing": r"change_nothing\[activation checkpointing-{}\]",
     "batches that do not divide by the ranks": r"change_nothing\[uneven shares-{}\]",
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "results.xml"
-            subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS, f"--junitxml={file}"], check=False)
+            subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS, f"--junitxml={file}"], check=False)
             results = _read(file)
     lines = ["| what | " + " | ".join(STRATEGIES) + " |", "|---" * (len(STRATEGIES) + 1) + "|"]
     lines += [

@@ -32,7 +32,10 @@ def finish(training: Training, which: str = "best") -> None:
     is_best = step == _best_step(training)
     results = run if is_best else run.evaluation(step)
     decision: dict[str, Any] = {}
-    for split in SPLITS:
+    conditions = [f"test/{name}" for name in getattr(task, "conditions", tuple)()]
+    if engine.rank == 0:
+        results.forget_conditions()
+    for split in (*SPLITS, *conditions):
         _say(training, f"evaluating step {step} on the {split} split")
         outputs = evaluate(engine, task, task.rows(split), config.eval.batch_size)
         if engine.rank != 0:

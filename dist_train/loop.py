@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -118,7 +119,7 @@ def _train(training: Training) -> None:
     meter, saved_at, saved_step = Meter(), time.monotonic(), state.step
     engine.module.train()
     before: Launched | None = None
-    for index, data in enumerate(steps):
+    for index, data in enumerate(_timed(steps, meter)):
         if index == 0:
             _seed_model(training, 0)
             engine.warm_up(engine.to_device(data.batches[0]))
@@ -155,6 +156,18 @@ def _train(training: Training) -> None:
             return
         if stop_asked:
             raise Preempted(f"stopped by a signal after step {state.step}; the checkpoint of that step is saved.")
+
+
+def _timed(steps: Iterator[StepData], meter: Meter) -> Iterator[StepData]:
+    """The steps, the time that each is waited for being counted. The first has had no step to hide behind."""
+    for index in itertools.count():
+        began = time.perf_counter()
+        data = next(steps, None)
+        if data is None:
+            return
+        if index > 0:
+            meter.waited(time.perf_counter() - began)
+        yield data
 
 
 def schedule_of(training: Training, rows: Rows) -> Schedule:

@@ -16,12 +16,17 @@ class Meter:
     def _reset(self) -> None:
         self._start = time.perf_counter()
         self._samples = self._useful = self._padded = 0
+        self._waited = 0.0
 
     def add(self, samples: int, useful: int, padded: int) -> None:
         """One step's samples, and its positions (tokens, pixels) without and with padding, over all ranks."""
         self._samples += samples
         self._useful += useful
         self._padded += padded
+
+    def waited(self, seconds: float) -> None:
+        """So long the training waited for its next batch."""
+        self._waited += seconds
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading, over all ranks, and this process's memory."""
@@ -30,6 +35,7 @@ class Meter:
             "samples_per_s": self._samples / seconds,
             "tokens_per_s": self._useful / seconds,
             "padding_share": 1.0 - self._useful / self._padded if self._padded else 0.0,
+            "input_wait_share": self._waited / seconds,
             "memory_gib": self._memory_bytes() / 2**30,
         }
         self._reset()

@@ -24,7 +24,7 @@ class Classification:
         self.rows = len(truth)
         self._present = np.bincount(truth, minlength=len(labels)) > 0
         self._cell = truth.astype(np.int64) * len(labels) + predicted
-        self._rankings = [_ranking(probability[:, index], truth == index) for index in range(len(labels))]
+        self._rankings = [ranking(probability[:, index], truth == index) for index in range(len(labels))]
         # float32 rows sum to 1 only nearly; rankings are taken before, since a division makes and breaks ties.
         probability = probability.astype(np.float64)
         probability /= probability.sum(1, keepdims=True)
@@ -47,8 +47,8 @@ class Classification:
         hits, support, given = np.diag(confusion), confusion.sum(1), confusion.sum(0)
         precision, recall = _ratio(hits, given), _ratio(hits, support)
         f1 = _ratio(2 * hits, support + given)
-        areas = np.array([_areas(ranking, weights) for ranking in self._rankings])
-        both = ~np.isnan(areas[:, 0])
+        curves = np.array([areas(each, weights) for each in self._rankings])
+        both = ~np.isnan(curves[:, 0])
         values = {
             "accuracy": hits.sum() / total,
             "macro_precision": precision[self._present].mean(),
@@ -57,8 +57,8 @@ class Classification:
             "weighted_precision": precision @ support / total,
             "weighted_recall": recall @ support / total,
             "weighted_f1": f1 @ support / total,
-            "roc_auc": areas[both, 0].mean() if both.any() else np.nan,
-            "pr_auc": areas[both, 1].mean() if both.any() else np.nan,
+            "roc_auc": curves[both, 0].mean() if both.any() else np.nan,
+            "pr_auc": curves[both, 1].mean() if both.any() else np.nan,
             "log_loss": weights @ self._log_loss / total,
             "calibration_error": self._calibration_error(weights),
         }
@@ -136,7 +136,7 @@ def interval(value: float, samples: np.ndarray) -> dict[str, float | None]:
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def _ranking(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ranking(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row order by falling score, whether each is positive, and the last position of each group of equal scores."""
     order = np.argsort(-score, kind="stable")
     ranked = score[order]
@@ -144,9 +144,9 @@ def _ranking(score: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.nd
     return order, positive[order].astype(np.float64), ends
 
 
-def _areas(ranking: tuple[np.ndarray, np.ndarray, np.ndarray], weights: np.ndarray) -> tuple[float, float]:
-    """Area under the ROC curve, and average precision."""
-    order, positive, ends = ranking
+def areas(ranked: tuple[np.ndarray, np.ndarray, np.ndarray], weights: np.ndarray) -> tuple[float, float]:
+    """Area under the ROC curve, and average precision, of what `ranking` gave."""
+    order, positive, ends = ranked
     drawn = weights[order]
     hits, seen = np.cumsum(drawn * positive)[ends], np.cumsum(drawn)[ends]
     misses = seen - hits

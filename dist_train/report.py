@@ -38,7 +38,7 @@ def build_report(
     """
     results = results or run
     facts = read_json(run.data_facts)
-    baselines = score.baselines(Path(facts["folder"]), say)
+    baselines = score.baselines(Path(facts["folder"]), config, say)
     say(f"writing the report ({config.eval.bootstrap_samples} bootstrap samples a split)")
     tables: dict[str, dict[str, pa.Table]] = {}
     measured = {}
@@ -50,6 +50,7 @@ def build_report(
                 raise DataError(f"the {name} predictions of the {split} split are of other rows than the model's.")
         measured[split] = measure_models(tables[split], score, config.eval.bootstrap_samples)
     lines = _last_attempts(run)
+    conditions = _conditions(run, results, tables["test"]["model"], score, config.eval.bootstrap_samples)
     report = {
         "run": run.name if results is run else f"{run.name}, {results.name}",
         "recipe": Path(config.recipe).name,
@@ -60,6 +61,8 @@ def build_report(
         "baselines": {name: {split: measured[split]["metrics"][name] for split in SPLITS} for name in baselines},
         "about_baselines": dict(score.about_baselines),
         "comparison": measured["test"]["comparison"],
+        "conditions": conditions,
+        "latency": read_json(run.latency) if run.latency.is_file() else None,
         "verdicts": _verdicts(measured["test"], score),
         "remarks": score.remarks(measured["test"]["metrics"]["model"]),
         "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of rows; differences are paired",
@@ -71,7 +74,7 @@ def build_report(
         "repeat": _commands(run, config),
     }
     figures = [plots.curves(lines, config.eval.metric or score.metric, report["training"]["best_step"])]
-    figures += score.figures(tables["test"], report["groups"]["test"])
+    figures += score.figures(tables["test"], report["groups"]["test"], Path(facts["folder"]))
     write_json(results.report_json, report)
     context = {"report": report, "table": summary_table(report), "config": run.config.read_text()}
     write_atomic(results.report_md, _render("report.md.j2", context))
@@ -79,6 +82,23 @@ def build_report(
     if results is run and run.model_record.is_file():
         write_atomic(run.best / "README.md", _model_card(run, report))
     return report
+
+
+def _conditions(run: RunDir, results: RunDir, clean: pa.Table, score: Score, samples: int) -> dict[str, Any]:
+    """Headline metrics of the test split under each other condition, and how far they fall below those of the split as
+    it is, over the same bootstrap samples."""
+    tables = {name: _read_predictions(run, path) for name, path in results.conditions().items()}
+    if not tables:
+        return {}
+    measured = measure_models({"model": clean, **tables}, score, samples)
+    shown = [name for name in score.headline if name in measured["metrics"]["model"]]
+    return {
+        name: {
+            "metrics": {metric: measured["metrics"][name][metric] for metric in shown},
+            "fall": measured["comparison"][name],
+        }
+        for name in tables
+    }
 
 
 def _commands(run: RunDir, config: RunConfig) -> list[str]:
@@ -107,7 +127,8 @@ def _read_predictions(run: RunDir, path: Path) -> pa.Table:
 
 def summary_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Model and baselines on the test split with intervals, then each paired difference; a header row first."""
-    names = report["headline"]
+    # What a recipe measures may depend on its task.
+    names = [name for name in report["headline"] if name in report["metrics"]["test"]]
     rows = [["test split", *names]]
     tables = {"model": report["metrics"]["test"]}
     tables |= {name: splits["test"] for name, splits in report["baselines"].items()}
@@ -200,6 +221,7 @@ def _training(run: RunDir, lines: list[dict[str, Any]]) -> dict[str, Any]:
         "samples_per_s": mean("samples_per_s"),
         "tokens_per_s": mean("tokens_per_s"),
         "padding_share": mean("padding_share"),
+        "input_wait_share": mean("input_wait_share"),
         "memory_gib": max((line["memory_gib"] for line in training if line.get("memory_gib")), default=None),
         "attempts": len(starts),
         # Up to the first model folder: a report that is made again later says the same.

@@ -41,6 +41,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.predictions = self.path / "predictions"
         self.bandwidth = self.path / "bandwidth.json"
+        self.latency = self.path / "latency.json"
         self.parity = self.path / "parity"
         self.best = self.path / "best"
         self.model_record = self.best / MODEL_RECORD
@@ -65,7 +66,17 @@ class RunDir:
         return RunDir(self.path / "evaluations" / f"step-{step:08d}")
 
     def prediction_file(self, split: str) -> Path:
-        return self.predictions / f"{split}.parquet"
+        """split: train, validation or test; or test/NAME, the test split under another condition."""
+        return self.predictions / f"{split.replace('/', '-')}.parquet"
+
+    def conditions(self) -> dict[str, Path]:
+        """The predictions of the test split under other conditions, by their names."""
+        return {path.stem.removeprefix("test-"): path for path in sorted(self.predictions.glob("test-*.parquet"))}
+
+    def forget_conditions(self) -> None:
+        """Those of an earlier evaluation may be of other conditions."""
+        for path in self.conditions().values():
+            path.unlink()
 
     def create(self, files: Mapping[str, str] | None = None) -> None:
         """Make the directory with these files (name: text) in it, whole or not at all, so that whatever kills us leaves

@@ -38,8 +38,9 @@ class Score:
     """[COMPARED] Those by which the report says whether the model beats a baseline; else `metric`."""
     about_baselines: Mapping[str, str] = ()  # type: ignore[assignment]
     """[BASELINES] Each baseline and what it is."""
-    baselines: Callable[[Path, Callable[[str], None]], dict[str, dict[str, pa.Table]]] = lambda prepared, say: {}
-    """[baselines] Their predictions by baseline and split, trained on the training split of the prepared folder."""
+    baselines: Callable[[Path, Any, Callable[[str], None]], dict[str, dict[str, pa.Table]]] = lambda *_: {}
+    """[baselines] From the prepared folder and the config: their predictions by baseline and split, trained on the
+    training split."""
     calibrate: Callable[[pa.Table, Any], dict[str, Any]] = lambda validation, config: {}
     """[calibrate] From the validation predictions: what turns an output into a decision (temperature, thresholds)."""
     decide: Callable[[pa.Table, Mapping[str, Any]], pa.Table] = lambda table, decision: table
@@ -48,8 +49,9 @@ class Score:
     """[remarks] Plain sentences below the summary, from the model's metrics on the test split with their intervals."""
     details: Callable[[pa.Table], dict[str, Any]] = lambda table: {}
     """[details] What report.json keeps beside the metrics."""
-    figures: Callable[[Mapping[str, pa.Table], Mapping[str, Any]], list[dict[str, str]]] = lambda tables, groups: []
-    """[figures] The report's own figures, from the test predictions of model and baselines: title, caption, image."""
+    figures: Callable[[Mapping[str, pa.Table], Mapping[str, Any], Path], list[dict[str, str]]] = lambda *_: []
+    """[figures] The report's own figures, from the test predictions of model and baselines, the model's metrics by
+    group, and the prepared folder: each with title, caption and image."""
 
     def values(self, table: pa.Table) -> Values:
         """`measure` of the table, its values as plain numbers."""

@@ -69,6 +69,10 @@ class Task(Protocol):
     answers(outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table
         What a user reads of the module's outputs, one line a row. decision: what score.py's `calibrate` made of the
         validation split. For predictions.
+    conditions() -> Sequence[str]
+        Other conditions that the test split is evaluated under as well, for example corruptions: `rows("test/NAME")`
+        are its rows under one of them, and `predictions("test/NAME", outputs)` the table. The report shows how much
+        each changes the metrics.
     is_head(name: str) -> bool
         Whether a parameter of the model, by its name, is of its head. For what fine-tuning sets apart in `optim`.
     save_model(model: nn.Module, folder: Path) -> None, and load_model(folder: Path) -> nn.Module

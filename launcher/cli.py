@@ -201,6 +201,20 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
     print_summary(*start.evaluate(run_dir, checkpoint))
 
 
+@cli.command(short_help="How long one row takes.")
+@click.argument("path", metavar="RUN", shell_complete=complete.runs)
+@click.argument("source", metavar="FILE")
+@click.option("--rows", type=click.IntRange(20), default=300, show_default=True, help="How many rows are timed.")
+def latency(path: str, source: str, rows: int) -> None:
+    """Answer the rows of FILE, or the images of a folder, one by one, and print percentiles of each stage.
+
+    RUN is a run directory or a model folder. With one thread, and with as many as there are cores.
+    """
+    from launcher.latency import measure
+
+    measure(path, source, rows)
+
+
 @cli.command(short_help="Write a run's report again.")
 @click.argument("run_dir", shell_complete=complete.runs)
 def report(run_dir: str) -> None:

@@ -26,7 +26,7 @@ from dist_train.errors import DataError
 from dist_train.prepared import load_facts, prepare
 from dist_train.recipe import load_recipe
 from recipes.ticket_routing import score, split
-from recipes.ticket_routing.config import DataConfig, SyntheticConfig
+from recipes.ticket_routing.config import Config, DataConfig, SyntheticConfig
 from recipes.ticket_routing.data import misfit
 from recipes.ticket_routing.duplicates import sign, words_of
 from recipes.ticket_routing.groups import Grouped, group
@@ -194,7 +194,7 @@ def test_the_baseline_needs_no_cache_that_can_be_written_and_no_word_that_stands
     with mounted(tmp_path / "readonly", "size=9m") as place:
         shutil.copytree(folder, place / "data")
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-        tables = score.baselines(place / "data", lambda text: None)
+        tables = score.baselines(place / "data", Config(recipe="ticket_routing"), lambda text: None)
         assert tables["ngram"]["test"].num_rows == tables["majority"]["test"].num_rows > 0
 
 

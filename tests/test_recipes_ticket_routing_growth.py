@@ -26,7 +26,7 @@ from dist_train.errors import DataError
 from dist_train.prepared import is_whole, load_facts, prepare
 from dist_train.recipe import load_recipe
 from recipes.ticket_routing import chunks, data, groups, score, sources, split, tickets
-from recipes.ticket_routing.config import SyntheticConfig
+from recipes.ticket_routing.config import Config, SyntheticConfig
 from recipes.ticket_routing.stored import StoredSplit
 from recipes.ticket_routing.synthetic import generate
 
@@ -289,12 +289,12 @@ def test_the_ngram_baseline_learns_from_a_bounded_number_of_rows(
     chosen = score._baseline_rows(280)
     assert len(chosen) == len(set(chosen.tolist())) == 100
     assert chosen.tolist() == sorted(chosen)
-    tables = score.baselines(folder, lambda text: None)
+    tables = score.baselines(folder, Config(recipe="ticket_routing"), lambda text: None)
     assert tables["ngram"]["test"].num_rows == len(StoredSplit(folder, "test"))
     for kept in folder.glob("baselines-*"):
         shutil.rmtree(kept)
     monkeypatch.setattr(score, "_PREDICTED_AT_ONCE", 7)
-    assert score.baselines(folder, lambda text: None) == tables, "predicted in parts"
+    assert score.baselines(folder, Config(recipe="ticket_routing"), lambda text: None) == tables, "predicted in parts"
     assert "at most 200,000 training rows" in score.BASELINES["ngram"]
 
 

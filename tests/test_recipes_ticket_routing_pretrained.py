@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,26 +16,17 @@ import transformers
 
 from dist_train import config_io
 from dist_train.activation_profile import measure
-from dist_train.deepspeed_config import deepspeed_config
 from dist_train.errors import ConfigError, UnmeasuredError
-from dist_train.hardware import Hardware
-from dist_train.heartbeat import Heartbeat
 from dist_train.layers import prepare_layers
-from dist_train.loop import train
 from dist_train.parameter_groups import describe_groups
-from dist_train.parity import whole_weights
-from dist_train.plan import make_plan
 from dist_train.prepared import prepare
 from dist_train.recipe import load_recipe
-from dist_train.resume import build_training
-from dist_train.rundir import RunDir, write_json
-from dist_train.stop import StopFlag
 from launcher.measure import measure_profile
 from recipes.ticket_routing.pretrained import load_pretrained
 from recipes.ticket_routing.task import TicketTask
-from tests.fakes import curve
 from tests.front_door import write_tickets
 from tests.ranks import run_ranks
+from tests.recipe_steps import take_steps
 
 LORA = ["model.lora_rank=4", "optim.layer_decay=null", "optim.lr=1e-3", "optim.head_lr=2e-3"]
 
@@ -198,7 +187,7 @@ CASES = [*OFTEN, *((way, name) for way in WAYS for name in STRATEGIES if (way, n
 def test_an_encoder_is_tuned_alike_under_every_strategy(settings: list[str], way: str, strategy: str) -> None:
     words = (*settings, *WAYS[way], "train.epochs=null", "train.steps=8")
     expected, weights = _alone(words)
-    losses, _ = run_ranks(2, _take_steps, words, strategy, 2)[0]
+    losses, _ = run_ranks(2, take_steps, "ticket_routing/finetune", words, strategy, 2)[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < losses[0]
     trained = any(".lora_B." in name and bool(tensor.any()) for name, tensor in weights.items())
@@ -207,19 +196,7 @@ def test_an_encoder_is_tuned_alike_under_every_strategy(settings: list[str], way
 
 @functools.cache
 def _alone(words: tuple[str, ...]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    return run_ranks(1, _take_steps, words, "single", 1)[0]
-
-
-def _take_steps(words: tuple[str, ...], strategy: str, world_size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    task = _task(words, f"parallel.strategy={strategy}")
-    config, run = task.config, RunDir(tempfile.mkdtemp())
-    run.logs.mkdir(parents=True)
-    plan = make_plan(config, Hardware("host", "cpu", 2, 8.0), len(task.rows("train").ids), world_size)
-    write_json(run.deepspeed_config, deepspeed_config(plan, 1.0) if strategy.startswith("zero") else {})
-    heartbeat = Heartbeat(run, int(os.environ.get("RANK", "0")))
-    training = build_training(run, config, plan, task, 1, load_recipe(config.recipe).score, {}, StopFlag(), heartbeat)
-    train(training)
-    return curve(run.path), whole_weights(training.engine)
+    return run_ranks(1, take_steps, "ticket_routing/finetune", words, "single", 1)[0]
 
 
 def test_a_head_of_as_many_other_labels_is_made_anew(tiny_bert: Path, tmp_path: Path) -> None:

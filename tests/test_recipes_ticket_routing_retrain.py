@@ -220,7 +220,7 @@ def test_a_queue_that_is_missing_for_a_week_is_kept_and_spoils_no_number(desk: P
     facts = load_facts(task.prepared)
     assert facts["splits"]["train"]["labels"]["Software"] == 0
     assert any("no training row of 'Software'" in warning for warning in facts["warnings"])
-    tables = score.baselines(task.prepared, lambda text: None)
+    tables = score.baselines(task.prepared, task.config, lambda text: None)
     models = {name: splits["test"] for name, splits in tables.items()}
     models["model"] = models["ngram"]
     measured = measure_models(models, load_recipe("ticket_routing").score, 100)
@@ -230,7 +230,7 @@ def test_a_queue_that_is_missing_for_a_week_is_kept_and_spoils_no_number(desk: P
     known = [entry["f1"]["value"] for name, entry in classes.items() if name != "Software"]
     assert measured["metrics"]["ngram"]["macro_f1"]["value"] == pytest.approx(sum(known) / len(known))
     assert all(entry["value"] is not None for entry in measured["metrics"]["majority"].values())
-    assert len(score.figures(models, {"class": classes})) == 3
+    assert len(score.figures(models, {"class": classes}, task.prepared)) == 3
 
 
 def test_a_queue_with_one_row_or_with_rows_only_in_the_test_split_may_be_one_that_is_known(

@@ -60,7 +60,7 @@ class DataConfig(CachedData):
     mask_column: str | None = None
     """Column of a table that names an image's mask, relative to the table's folder; may be empty in a row."""
     split_column: str | None = None
-    """Column with the words train, validation and test; null lets the toolkit split, unless the folders are so named."""
+    """Column with the words train, validation and test; null: the toolkit splits, unless the folders are so named."""
     validation_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of the images in the validation split."""
     test_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
@@ -72,11 +72,11 @@ class DataConfig(CachedData):
     fold: Annotated[int, Field(ge=0)] = 0
     """Which of the folds is the test split."""
     test_only: list[str] = []
-    """Kinds of defect of which every image lies in the test split, as if they had never been seen; [all]: every kind."""
+    """Kinds of defect of which every image is put into the test split, as if never seen before; [all]: every kind."""
     size_px: Annotated[int, Field(ge=16)] | Annotated[list[int], Field(min_length=2, max_length=2)] = 128
     """Height and width that images are brought to: a number for squares, or [height, width]."""
     fit: Literal["pad", "stretch"] = "pad"
-    """pad: keep the proportions, fill up with the edge, and make only larger images smaller; stretch: resize both sides."""
+    """pad: keep the proportions, shrink only what is larger, and fill up with the edge; stretch: resize both sides."""
     channels: Literal[1, 3] = 1
     """1: grey; 3: colour."""
     smallest_defect_px: Positive = 4
@@ -128,7 +128,7 @@ class DataConfig(CachedData):
 
 class ModelConfig(Section):
     kind: Literal["resnet", "convnext", "pretrained"] = "resnet"
-    """Own residual network, own ConvNeXt-V2-like network, or a Hugging Face image model (`model.pretrained` sets it)."""
+    """Own residual or ConvNeXt-V2-like network, or a Hugging Face image model (`model.pretrained` sets it)."""
     pretrained: str | None = path_field(None, hub_name=True)
     """Folder or hub name of a Hugging Face image model; null trains an own network from scratch."""
     revision: str | None = None
@@ -166,7 +166,7 @@ class ModelConfig(Section):
             )
         if len(self.widths) != len(self.depths):
             raise ValueError(
-                f"model.widths has {len(self.widths)} stages, but model.depths has {len(self.depths)}: one of each a stage"
+                f"model.widths has {len(self.widths)} stages, but model.depths has {len(self.depths)}: give as many"
             )
         return self
 
@@ -203,15 +203,13 @@ class TaskConfig(Section):
     label_smoothing: Share = 0.0
     """Share of the target spread evenly over all classes."""
     deployed_share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Share of defective parts where the model will be used; null: that of the data. Probabilities are corrected to it."""
+    """Share of defective parts where the model will be used, to which its answers are corrected; null: the data's."""
     cost_escape: Annotated[float, Field(gt=0.0)] = 20.0
     """Cost of a defective part that is passed."""
     cost_overkill: Annotated[float, Field(gt=0.0)] = 1.0
     """Cost of a good part that is rejected."""
     cost_review: NonNegative = 0.3
     """Cost of a part that an operator looks at; parts in doubt go there where that is cheaper than to err."""
-    false_rejects_per_1000: Annotated[float, Field(gt=0.0, lt=1000.0)] = 10.0
-    """At how many falsely rejected good parts of 1,000 the recall is reported."""
     corruptions: Flag = False
     """Evaluate the test split also under blur, noise, exposure, defocus and JPEG compression."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from dist_train.config import CachedData
 from dist_train.errors import DataError
 from dist_train.prepared import check_space, is_whole
+from dist_train.pretrained import pretrained_facts
 from dist_train.worker_pool import map_in_workers
 from recipes.ticket_routing import chunks, split
 from recipes.ticket_routing.chunks import Columns
@@ -25,7 +26,6 @@ from recipes.ticket_routing.duplicates import words_of
 from recipes.ticket_routing.earlier import earlier_model
 from recipes.ticket_routing.groups import BLOCK_ROWS, Grouped, group
 from recipes.ticket_routing.hub import pins as pins
-from recipes.ticket_routing.hub import pretrained_facts
 from recipes.ticket_routing.labels import check_missing, choose_labels, departures
 from recipes.ticket_routing.sources import Source, find_sources
 from recipes.ticket_routing.tickets import Part, Tickets

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import ConfigError, DataError
+from dist_train.pretrained import check_folder
 from recipes.ticket_routing.config import ModelConfig
-from recipes.ticket_routing.hub import check_folder
 
 
 class PretrainedEncoder(nn.Module):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from dist_train.baselines import SPLITS, Tables, kept_baselines
 from dist_train.metrics import Classification
 from dist_train.prepared import load_facts
 from recipes.ticket_routing.config import Config
@@ -35,7 +31,6 @@ BASELINES = {
 
 ROUTE, REVIEW = "route", "review"
 """What becomes of a ticket: it goes to the predicted queue, or a person looks at it."""
-_SPLITS = ("validation", "test")
 # Changes whenever a baseline would be trained differently.
 _BASELINE_VERSION = 1
 _NGRAM = {"ngram_range": (1, 2), "min_df": 2, "sublinear_tf": True, "dtype": np.float32}
@@ -133,7 +128,7 @@ def details(table: pa.Table) -> dict[str, Any]:
     return {"confusion": _classification(table).confusion().astype(int).tolist()}
 
 
-def figures(tables: Mapping[str, pa.Table], groups: Mapping[str, Any]) -> list[dict[str, str]]:
+def figures(tables: Mapping[str, pa.Table], groups: Mapping[str, Any], prepared: Path) -> list[dict[str, str]]:
     """Confusion matrix, reliability and F1 by queue, of the test split."""
     from dist_train import plots
 
@@ -146,37 +141,19 @@ def figures(tables: Mapping[str, pa.Table], groups: Mapping[str, Any]) -> list[d
     ]
 
 
-def baselines(prepared: Path, report: Callable[[str], None]) -> dict[str, dict[str, pa.Table]]:
-    """Predictions of each baseline for validation and test, trained on the training split of the prepared folder.
-
-    They depend on the split alone, so they are kept beside it and trained once, if the folder can be written.
-    """
-    described = json.dumps([_BASELINE_VERSION, _NGRAM, _REGRESSION, _STRENGTHS, _MOST_BASELINE_ROWS], default=str)
-    folder = prepared / f"baselines-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
-    files = {(name, split): folder / f"{name}-{split}.parquet" for name in BASELINES for split in _SPLITS}
-    if all(path.is_file() for path in files.values()):
-        tables = {key: pq.read_table(path) for key, path in files.items()}
-    else:
-        began = time.monotonic()
-        report(f"training the baseline: {BASELINES['ngram']}")
-        tables = _train_baselines(prepared)
-        with contextlib.suppress(OSError):  # another user's cache, a read-only or a full one: trained again next time
-            folder.mkdir(exist_ok=True)
-            for key, table in tables.items():
-                temporary = files[key].with_suffix(f".{os.getpid()}.tmp")
-                pq.write_table(table, temporary)
-                os.replace(temporary, files[key])
-        report(f"baseline trained in {time.monotonic() - began:.1f} s")
-    return {name: {split: tables[name, split] for split in _SPLITS} for name in BASELINES}
+def baselines(prepared: Path, config: Config, say: Callable[[str], None]) -> dict[str, dict[str, pa.Table]]:
+    """Predictions of each baseline for validation and test, trained on the training split of the prepared folder."""
+    described = [_BASELINE_VERSION, _NGRAM, _REGRESSION, _STRENGTHS, _MOST_BASELINE_ROWS]
+    return kept_baselines(prepared, described, list(BASELINES), BASELINES["ngram"], _train_baselines, say)
 
 
-def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
+def _train_baselines(prepared: Path) -> Tables:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     labels = load_facts(prepared)["labels"]
     train = StoredSplit(prepared, "train")
-    held_out = {split: StoredSplit(prepared, split) for split in _SPLITS}
+    held_out = {split: StoredSplit(prepared, split) for split in SPLITS}
     rows = {split: stored.table() for split, stored in held_out.items()}
     chosen = _baseline_rows(len(train))
     truth = train.labels[chosen]
@@ -197,7 +174,7 @@ def _train_baselines(prepared: Path) -> dict[tuple[str, str], pa.Table]:
         reached = _classification(predicted).values()[METRIC]
         if reached > best:
             best, chosen_model = reached, model
-    tables: dict[tuple[str, str], pa.Table] = {}
+    tables: Tables = {}
     for split, stored in held_out.items():
         # In parts: the features of millions of rows would fill the memory.
         parts = np.split(np.arange(len(stored)), range(_PREDICTED_AT_ONCE, len(stored), _PREDICTED_AT_ONCE))

@@ -19,6 +19,7 @@ from torch import nn
 from dist_train.errors import DataError
 from dist_train.init_from import Taken, take_weights
 from dist_train.prepared import load_facts
+from dist_train.pretrained import pretrained_folder
 from dist_train.records import check_record
 from dist_train.table_files import as_text
 from dist_train.task import Batch, ListedRows
@@ -27,7 +28,6 @@ from recipes.ticket_routing.chunks import join_text
 from recipes.ticket_routing.config import Config, ModelConfig
 from recipes.ticket_routing.earlier import earlier_model
 from recipes.ticket_routing.encoder import build_encoder
-from recipes.ticket_routing.hub import pretrained_folder
 from recipes.ticket_routing.model import TicketClassifier
 from recipes.ticket_routing.pretrained import PretrainedEncoder, label_parameters, load_pretrained, make_pretrained
 from recipes.ticket_routing.stored import StoredSplit

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.errors import DataError
+from dist_train.pretrained import fetched_model
 from recipes.ticket_routing.config import Config
-from recipes.ticket_routing.hub import fetched_model, tokenizer_folder
+from recipes.ticket_routing.hub import tokenizer_folder
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,8 +1,11 @@
-"""Memory and time of `dist-train prepare`, over all its processes.
+"""Memory and time of a dist-train command, over all its processes.
 
-    python -m benchmarks.prepare_memory ticket_routing/demo data.rows=20000000 data.cache_dir=/tmp/scale-cache
+    python -m benchmarks.command_memory prepare ticket_routing/demo data.rows=20000000 data.cache_dir=/tmp/scale-cache
+    python -m benchmarks.command_memory run defect_detection/demo data.images=50000 data.size_px=256 name=many \
+        data.cache_dir=/tmp/many-images train.epochs=null train.steps=300
 
-Reads RssAnon (memory that no file backs) of the command and all below it each second, and prints one JSON line.
+Reads RssAnon (memory that no file backs) of the command and all below it each second, and prints one JSON line: its
+peak, and the peaks of each tenth of the time, which show whether it grows.
 """
 
 from __future__ import annotations
@@ -17,22 +20,19 @@ from pathlib import Path
 
 def main() -> None:
     began = time.monotonic()
-    command = [sys.executable, "-m", "launcher", "prepare", *sys.argv[1:]]
+    command = [sys.executable, "-m", "launcher", *sys.argv[1:]]
     process = subprocess.Popen(command, stdout=sys.stderr)
-    peak = peak_at = samples = 0.0
+    seen: list[float] = []
     while process.poll() is None:
-        total = sum(_anonymous(pid) for pid in _family(process.pid))
-        samples += 1
-        if total > peak:
-            peak, peak_at = total, time.monotonic() - began
+        seen.append(sum(_anonymous(pid) for pid in _family(process.pid)) / 2**30)
         time.sleep(1.0)
+    tenth = max(1, -(-len(seen) // 10))
     figures = {
         "arguments": sys.argv[1:],
         "exit_code": process.returncode,
         "seconds": round(time.monotonic() - began, 1),
-        "peak_rss_anon_gib": round(peak / 2**30, 3),
-        "peak_after_s": round(peak_at, 1),
-        "samples": int(samples),
+        "peak_rss_anon_gib": round(max(seen), 3),
+        "peaks_of_tenths_gib": [round(max(seen[at : at + tenth]), 3) for at in range(0, len(seen), tenth)],
         "cores": len(os.sched_getaffinity(0)),
     }
     print(json.dumps(figures), flush=True)

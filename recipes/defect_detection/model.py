@@ -1,0 +1,175 @@
+"""The module of defect detection: the loss sum in training; probabilities and heat maps in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_train.task import Batch, weighted_sum
+from recipes.defect_detection import augment, losses
+
+HEAT_SIDE = 24
+"""Most cells of a heat map along a side; larger maps are made smaller by their maxima."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How an image is cut into tiles."""
+
+    size: int
+    overlap: float
+    top: int
+
+
+class DefectNetwork(nn.Module):
+    """A backbone, and a linear head at each place of its feature map. An image's logits are the mean over the places,
+    so that the map of logits is the class activation map (Zhou et al. 2016) and sums up to the decision exactly."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        good: int | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dropout: float = 0.0,
+        tiles: Tiles | None = None,
+    ) -> None:
+        """good: index of the class of parts without a defect. mean, std: of each channel, images being in 0..1."""
+        super().__init__()
+        described: Any = backbone
+        self.backbone = backbone
+        self.head = nn.Linear(described.out_channels, num_classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.good, self.dropout, self.tiles, self.stride = good, dropout, tiles, int(described.stride)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images [n, channels, height, width] in 0..1 -> logits [n, classes], heat [n, h, w], features [n, width].
+
+        Heat is how far each place speaks for a defect: its highest logit of a defect above that of good. Without a good
+        class it speaks for the predicted class.
+        """
+        images = (images - self.mean) / self.std
+        if self.tiles is None:
+            maps, features = self._look(images)
+            logits = maps.mean((2, 3))
+            return logits, self._heat(maps, logits), features
+        return self._look_at_tiles(images, self.tiles)
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits at each place [n, classes, h, w], and the mean features [n, width]."""
+        states = self.backbone(images)
+        dropped = F.dropout2d(states, self.dropout, self.training)
+        return F.conv2d(dropped, self.head.weight[:, :, None, None], self.head.bias).float(), states.mean(
+            (2, 3)
+        ).float()
+
+    def _look_at_tiles(self, images: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits of an image are the mean of its few highest-scored tiles: a small defect is not averaged away, and
+        no single tile decides."""
+        rows, _, height, width = images.shape
+        tops = tile_starts(height, tiles, self.stride)
+        lefts = tile_starts(width, tiles, self.stride)
+        places = [(top, left) for top in tops for left in lefts]
+        size = tiles.size
+        cut = torch.stack([images[:, :, top : top + size, left : left + size] for top, left in places], 1)
+        maps, features = self._look(cut.flatten(0, 1))
+        per_tile = maps.mean((2, 3)).unflatten(0, (rows, len(places)))
+        chosen = self._margin(per_tile.movedim(2, 0)).topk(min(tiles.top, len(places)), dim=1).indices
+        logits = per_tile.gather(1, chosen[:, :, None].expand(-1, -1, per_tile.shape[2])).mean(1)
+        feature = features.unflatten(0, (rows, len(places)))
+        feature = feature.gather(1, chosen[:, :, None].expand(-1, -1, feature.shape[2])).mean(1)
+        heat = self._heat(maps, logits.repeat_interleave(len(places), 0)).unflatten(0, (rows, len(places)))
+        return logits, self._joined(heat, places, height, width), feature
+
+    def _joined(self, heat: Tensor, places: list[tuple[int, int]], height: int, width: int) -> Tensor:
+        """One heat map of tiles' maps [n, tiles, h, w]; where they overlap the higher one counts."""
+        side, step = heat.shape[2:], self.stride
+        shape = (heat.shape[0], -(-height // step), -(-width // step))
+        whole = heat.new_full(shape, torch.finfo(heat.dtype).min)
+        for index, (top, left) in enumerate(places):
+            part = (slice(None), slice(top // step, top // step + side[0]), slice(left // step, left // step + side[1]))
+            whole[part] = torch.maximum(whole[part], heat[:, index, : whole[part].shape[1], : whole[part].shape[2]])
+        return whole
+
+    def _heat(self, maps: Tensor, logits: Tensor) -> Tensor:
+        if self.good is not None:
+            return self._margin(maps.movedim(1, 0))
+        chosen = logits.argmax(1)[:, None, None, None].expand(-1, 1, *maps.shape[2:])
+        return maps.gather(1, chosen)[:, 0]
+
+    def _margin(self, scores: Tensor) -> Tensor:
+        """scores [classes, ...] -> how far the highest defect lies above good; without good, above the mean."""
+        if self.good is None:
+            return scores.amax(0) - scores.mean(0)
+        others = torch.cat([scores[: self.good], scores[self.good + 1 :]])
+        return others.amax(0) - scores[self.good]
+
+
+class DefectClassifier(nn.Module):
+    """A network with augmentation before it, and the loss or the answers behind it."""
+
+    def __init__(
+        self,
+        network: DefectNetwork,
+        loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
+        label_smoothing: float = 0.0,
+        adjustment: Sequence[float] | None = None,
+        correction: Sequence[float] | None = None,
+        gives_features: bool = False,
+    ) -> None:
+        """adjustment: added to the logits in training; correction: in evaluation [classes]. gives_features: also answer
+        the pooled features."""
+        super().__init__()
+        self.network = network
+        self.loss, self.label_smoothing, self.gives_features = loss, label_smoothing, gives_features
+        zero = [0.0] * network.head.out_features
+        self.adjustment: Tensor
+        self.correction: Tensor
+        self.register_buffer("adjustment", torch.tensor(adjustment or zero, dtype=torch.float32))
+        self.register_buffer("correction", torch.tensor(correction or zero, dtype=torch.float32))
+
+    def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """batch: image [n, channels, height, width] uint8, target [n, classes], readable [n], weight [n], and what
+        `augment.draw_parameters` gives."""
+        images = batch["image"].float() / 255
+        if self.training:
+            logits, _, _ = self.network(augment.apply(images, batch))
+            target = losses.smooth(batch["target"], self.label_smoothing)
+            return weighted_sum(self.loss(logits + self.adjustment, target), batch["weight"] * batch["readable"])
+        logits, heat, features = self.network(images)
+        answers = {"probability": (logits + self.correction).softmax(1), "peak": peak(heat), "heat": small(heat)}
+        answers |= {name: batch[name] for name in ("readable", "place") if name in batch}
+        return {**answers, "feature": features} if self.gives_features else answers
+
+
+def tile_starts(length: int, tiles: Tiles, step: int) -> list[int]:
+    """Where tiles begin along a side: multiples of `step`, but for the last, which ends with the side; neighbours share
+    at least the overlap. A side that is no longer than a tile has one."""
+    if length <= tiles.size:
+        return [0]
+    stride = max(step, int(tiles.size * (1 - tiles.overlap)) // step * step)
+    return [*range(0, length - tiles.size, stride), length - tiles.size]
+
+
+def peak(heat: Tensor) -> Tensor:
+    """The middle of the hottest cell of each map [n, h, w], as shares of height and width: [n, 2]."""
+    _, height, width = heat.shape
+    place = heat.flatten(1).argmax(1)
+    return torch.stack([(place // width + 0.5) / height, (place % width + 0.5) / width], 1)
+
+
+def small(heat: Tensor) -> Tensor:
+    """The map with at most HEAT_SIDE cells along a side."""
+    side = [min(length, HEAT_SIDE) for length in heat.shape[1:]]
+    return heat if list(heat.shape[1:]) == side else F.adaptive_max_pool2d(heat[:, None], side)[:, 0]

@@ -1,0 +1,93 @@
+"""Hugging Face image models as backbones: loaded safely, without heads, their batch statistics left as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import ConfigError, DataError
+from dist_train.pretrained import pretrained_folder
+from recipes.defect_detection.config import Config
+
+CONFIG_FILE = "backbone.json"
+"""The model's own config, in the model folder."""
+
+
+class PretrainedBackbone(nn.Module):
+    """images [n, channels, height, width] -> the last feature map [n, out_channels, h, w] of any model that gives one,
+    or patches in rows."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.in_channels = int(getattr(model.config, "num_channels", 3))
+        self.out_channels, self.stride = _shape_of(model)
+        # Statistics of a batch would differ with the ranks that share it: they stay those of the pretraining.
+        self._frozen = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def train(self, mode: bool = True) -> PretrainedBackbone:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] != self.in_channels:
+            images = images.expand(-1, self.in_channels, -1, -1)
+        return _as_map(self.model(images).last_hidden_state, images.shape[2:], self.stride)
+
+
+def build_pretrained(config: Config, prepared: Path, facts: dict[str, Any]) -> PretrainedBackbone:
+    """The backbone of model.pretrained with its weights; from a model folder, which has its config alone, one to load
+    weights into. DataError for a folder that holds no such model, ConfigError where the images do not go with it."""
+    from transformers import AutoConfig, AutoModel
+
+    described = prepared / CONFIG_FILE
+    if described.is_file():
+        values = json.loads(described.read_text(encoding="utf-8"))
+        return PretrainedBackbone(AutoModel.from_config(AutoConfig.for_model(**values), trust_remote_code=False))
+    folder = pretrained_folder(config, prepared, facts)
+    try:
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        height, width = config.data.height_width
+        reads = getattr(settings, "image_size", None) if hasattr(settings, "patch_size") else None
+        if not hasattr(settings, "depths") and reads not in (None, height, [height, width]):
+            raise ConfigError(
+                f"data.size_px is {config.data.size_px}, but {config.model.pretrained} reads images of "
+                f"{settings.image_size} pixels: set data.size_px={settings.image_size}, or model.tile_px to it."
+            )
+        model = AutoModel.from_pretrained(
+            folder, config=settings, trust_remote_code=False, use_safetensors=True, local_files_only=True,
+            dtype=torch.float32,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"model.pretrained is {config.model.pretrained}, which cannot be read: {error}") from error
+    return PretrainedBackbone(model)
+
+
+def save_config(backbone: PretrainedBackbone, folder: Path) -> None:
+    text = json.dumps(backbone.model.config.to_dict(), indent=2, sort_keys=True)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _shape_of(model: Any) -> tuple[int, int]:
+    """Channels of the last feature map, and how many pixels one of its places is wide."""
+    config = model.config
+    sizes = getattr(config, "hidden_sizes", None) or [config.hidden_size]
+    if hasattr(config, "depths"):
+        first = getattr(config, "patch_size", 4)
+        return int(sizes[-1]), int(first * 2 ** (len(config.depths) - 1))
+    return int(sizes[-1]), int(config.patch_size)
+
+
+def _as_map(states: Tensor, size: torch.Size, stride: int) -> Tensor:
+    """A feature map as it is; patches [n, places, width] in rows, without the tokens that stand before them."""
+    if states.dim() == 4:
+        return states
+    height, width = size[0] // stride, size[1] // stride
+    patches = states[:, states.shape[1] - height * width :]
+    return patches.transpose(1, 2).unflatten(2, (height, width))

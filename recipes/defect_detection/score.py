@@ -1,0 +1,106 @@
+"""How defect detection is scored from the predictions that are kept, and what it is held against. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dist_train.baselines import kept_baselines
+from dist_train.metrics import Classification
+from recipes.defect_detection import decisions, gallery, texture_baseline
+from recipes.defect_detection.config import Config
+from recipes.defect_detection.measures import measure_defects, recall_name
+from recipes.defect_detection.predictions import header_of, probabilities
+
+METRIC = "pr_auc"
+METRICS = ("pr_auc", "f1", "macro_f1", "roc_auc", "accuracy")
+HEADLINE = ("pr_auc", "f1", "macro_f1", recall_name(10), "accuracy", "calibration_error")
+COMPARED = ("pr_auc", "f1", "macro_f1")
+LOSS = "log_loss"
+UNIT = "item"
+BASELINES = {"texture": texture_baseline.ABOUT, "majority": "the class shares of the training split"}
+
+calibrate = decisions.calibrate
+decide = decisions.decide
+
+
+def measure(table: pa.Table) -> Callable[[np.ndarray], dict[str, float]]:
+    """All metrics of a predictions table, as a function of row weights."""
+    return measure_defects(table) if header_of(table).is_binary else _classes(table)
+
+
+def _classes(table: pa.Table) -> Callable[[np.ndarray], dict[str, float]]:
+    classification = _classification(table)
+    if "decision" not in table.column_names:
+        return classification.values
+    sure = np.array(table["decision"].to_pylist()) == decisions.ACCEPT
+    right = sure & (table["label"].to_numpy() == probabilities(table).argmax(1))
+
+    def values(weights: np.ndarray) -> dict[str, float]:
+        share = float(weights @ ~sure / weights.sum())
+        accuracy = float(weights @ right / (weights @ sure)) if weights @ sure else np.nan
+        return {**classification.values(weights), "review_share": share, "accuracy_without_review": accuracy}
+
+    return values
+
+
+def _classification(table: pa.Table) -> Classification:
+    probability = probabilities(table)
+    return Classification(table["label"].to_numpy(), probability.argmax(1), probability, header_of(table).labels)
+
+
+def remarks(metrics: Mapping[str, Any]) -> list[str]:
+    if "caught" not in metrics:
+        share = metrics["review_share"]["value"]
+        return [f"{share:.1%} of the test parts are in doubt and go to an operator."] if share is not None else []
+    sentences = []
+    caught, overkill, review = (metrics[name]["value"] for name in ("caught", "overkill", "review_share"))
+    least = metrics["caught_at_least"]["value"]
+    if caught is not None:
+        sentences.append(
+            f"{caught:.1%} of the defective test parts are rejected or reviewed (at least {least:.1%}, one-sided "
+            f"95 %), and {1 - caught:.1%} escape."
+        )
+    if overkill is not None:
+        sentences.append(f"{overkill:.1%} of the good parts are rejected; {review:.1%} of all go to an operator.")
+    hit = metrics.get("peak_in_mask", {"value": None})["value"]
+    if hit is not None:
+        others = [metrics[name]["value"] for name in ("centre_in_mask", "random_point_in_mask")]
+        sentences.append(
+            f"The heat map's peak lies in the marked defect of {hit:.1%} of the found parts; the image's middle does "
+            f"in {others[0]:.1%} of them, a random point in {others[1]:.1%}."
+        )
+    return sentences
+
+
+def details(table: pa.Table) -> dict[str, Any]:
+    return {} if header_of(table).is_binary else {"confusion": _classification(table).confusion().astype(int).tolist()}
+
+
+def baselines(prepared: Path, config: Config, say: Callable[[str], None]) -> dict[str, dict[str, pa.Table]]:
+    """Predictions of each baseline for validation and test, decided by the rule of the model's."""
+    tables = kept_baselines(
+        prepared, texture_baseline.DESCRIBED, list(BASELINES), BASELINES["texture"], texture_baseline.train, say
+    )
+    for splits in tables.values():
+        decision = calibrate(splits["validation"], config)
+        splits |= {split: decide(table, decision) for split, table in splits.items()}
+    return tables
+
+
+def figures(tables: Mapping[str, pa.Table], groups: Mapping[str, Any], prepared: Path) -> list[dict[str, str]]:
+    """Curves, classes, and the parts that the model got most wrong, with its heat maps; of the test split."""
+    from dist_train import plots
+
+    pictures = []
+    if header_of(tables["model"]).is_binary:
+        pictures += [gallery.precision_recall(tables), gallery.costs(tables["model"])]
+    else:
+        measured = _classification(tables["model"])
+        pictures += [plots.confusion(measured.confusion(), measured.labels), plots.per_class(groups["class"], "f1")]
+    reliability = {name: _classification(tables[name]).reliability() for name in ("model", "texture")}
+    return [*pictures, plots.reliability(reliability), *gallery.worst(tables["model"], prepared)]

@@ -1,0 +1,247 @@
+"""Defect detection as a task: images from the prepared folder, the network of the config, answers for new images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dist_train.errors import DataError
+from dist_train.prepared import load_facts
+from dist_train.task import Batch, ListedRows
+from recipes.defect_detection import augment, decisions, losses
+from recipes.defect_detection.config import Config
+from recipes.defect_detection.corruptions import CORRUPTIONS, corrupt
+from recipes.defect_detection.defects import DefectShares, add_defect
+from recipes.defect_detection.images import Frame, read_frame
+from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles
+from recipes.defect_detection.networks import build_backbone
+from recipes.defect_detection.predictions import DEFECTIVE, make_table, read_header
+from recipes.defect_detection.pretrained import build_pretrained
+from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
+from recipes.defect_detection.stored import Damaged, StoredImages
+
+# Which defects good parts get in one-class mode, unless `augment` says so itself.
+_ONE_CLASS = DefectShares(scratches=0.25, patches=0.25)
+
+
+class Example(NamedTuple):
+    """An image as it is collated."""
+
+    image: np.ndarray
+    """uint8 [channels, height, width]"""
+    target: np.ndarray
+    """float32 [labels]"""
+    readable: bool = True
+    trains: bool = False
+    place: tuple[float, float, float, float] | None = None
+    """Of a new image: where it lies within what the network sees (top, left) and by how much it was made smaller or
+    larger (height, width)."""
+
+
+def make_task(config: Config, prepared: Path) -> DefectTask:
+    return DefectTask(config, prepared)
+
+
+class DefectTask:
+    def __init__(self, config: Config, prepared: Path) -> None:
+        self.config = config
+        self.prepared = prepared
+        self.facts = load_facts(prepared)
+        self.labels: list[str] = self.facts["labels"]
+        counts = self.facts["splits"]["train"]["labels"]
+        self._counts = np.array([counts.get(name, 0) for name in self.labels], dtype=np.float64)
+        self.is_one_class = _is_one_class(config, self._counts)
+        self.header = read_header(self.facts, self.is_one_class)
+        if self.is_one_class:
+            self._counts[DEFECTIVE] = 0
+        asked = DefectShares(config.augment.scratches, config.augment.paste)
+        self._defect_shares = _ONE_CLASS if self.is_one_class and not asked.total else asked
+        self._damaged: set[int] = set()
+
+    def build_model(self) -> DefectClassifier:
+        config, model, task = self.config, self.config.model, self.config.task
+        backbone: Any
+        if model.kind == "pretrained":
+            backbone = build_pretrained(config, self.prepared, self.facts)
+        else:
+            backbone = build_backbone(
+                model.kind, self.facts["channels"], model.widths, model.depths, model.stem_stride, model.drop_path
+            )
+        tiles = None if model.tile_px is None else Tiles(model.tile_px, model.tile_overlap, model.tile_top)
+        network = DefectNetwork(
+            backbone, len(self.labels), self.header.good, self.facts["mean"], self.facts["std"], model.dropout, tiles
+        )
+        shares, own = self._sampled_shares(), self._counts / max(self._counts.sum(), 1)
+        loss = losses.cross_entropy
+        if task.loss == "focal":
+            loss = functools.partial(losses.focal, gamma=task.focal_gamma)
+        return DefectClassifier(
+            network,
+            loss,
+            task.label_smoothing,
+            logit_adjustment(shares, task.logit_adjustment).tolist(),
+            None if self.is_one_class else prior_correction(shares, own, task.logit_adjustment).tolist(),
+            self.is_one_class,
+        )
+
+    def is_head(self, name: str) -> bool:
+        return name.startswith("network.head.")
+
+    def rows(self, split: str) -> ImageRows:
+        return ImageRows(self, split)
+
+    def conditions(self) -> tuple[str, ...]:
+        return CORRUPTIONS if self.config.task.corruptions else ()
+
+    def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
+        examples = [self._with_defect(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)]
+        batch = {
+            "image": torch.from_numpy(np.stack([example.image for example in examples])),
+            "target": torch.from_numpy(np.stack([example.target for example in examples])),
+            "readable": torch.tensor([float(example.readable) for example in examples]),
+        }
+        if examples[0].trains:
+            height, width = examples[0].image.shape[1:]
+            batch |= augment.draw_parameters(seeds, self.config.augment, height == width)
+        if examples[0].place is not None:
+            batch["place"] = torch.tensor([example.place for example in examples])
+        return batch
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        image = np.zeros((self.facts["channels"], *self.facts["size"]), dtype=np.uint8)
+        target = np.eye(len(self.labels), dtype=np.float32)[0]
+        seeds = np.arange(rows, dtype=np.uint64)
+        return self.collate([Example(image, target, trains=True)] * rows, seeds)
+
+    def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
+        rows = self._stored.rows(split.partition("/")[0])
+        masks = None
+        if self.facts["has_masks"]:
+            masks = [self._stored.mask(int(row)) for row in rows]
+        return make_table(self._stored.table.take(rows), outputs, self.header, masks)
+
+    def encode(self, records: list[dict[str, Any]]) -> ListedRows:
+        """records: with `path` or the config's file column, which names an image file, or with `image`, an array
+        [height, width] or [height, width, channels] or the bytes of a file."""
+        target = np.zeros(len(self.labels), dtype=np.float32)
+        examples = []
+        for record in records:
+            name = next((key for key in ("image", "path", self.config.data.file_column) if key in record), "path")
+            frame: Frame = read_frame(record[name], self.config.data)
+            examples.append(Example(frame.image, target, place=frame.place))
+        return ListedRows(examples, np.full(len(examples), self._pixels))
+
+    def answers(self, outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table:
+        probability = decisions.calibrated(outputs["probability"], outputs.get("feature"), decision)
+        place, peak = outputs["place"], outputs["peak"]
+        where = (peak * np.array(self.facts["size"]) - place[:, :2]) / place[:, 2:]
+        predicted = decisions.predicted(probability, decision)
+        columns: dict[str, Any] = {
+            "predicted": pa.array([self.labels[index] for index in predicted.tolist()]),
+            "decision": pa.array(decisions.decisions_of(probability, decision)),
+            "peak_y": pa.array(where[:, 0].astype(np.float32)),
+            "peak_x": pa.array(where[:, 1].astype(np.float32)),
+        }
+        if self.header.is_binary:
+            columns["probability"] = pa.array(decisions.as_deployed(probability[:, DEFECTIVE], decision))
+        else:
+            columns |= {f"probability/{name}": pa.array(probability[:, i]) for i, name in enumerate(self.labels)}
+        return pa.table(columns)
+
+    def read(self, row: int) -> tuple[np.ndarray, bool]:
+        """A stored image, and whether it is what was stored. One that is not counts nothing in training, on whichever
+        rank its turn comes; more of them than data.most_unreadable end the run."""
+        try:
+            return self._stored.image(row), True
+        except Damaged as damage:
+            if row not in self._damaged:
+                self._damaged.add(row)
+                print(f"warning: {damage}; left out", flush=True)
+            if len(self._damaged) > self.config.data.most_unreadable:
+                raise DataError(
+                    f"{len(self._damaged)} images of the prepared data are damaged, and data.most_unreadable is "
+                    f"{self.config.data.most_unreadable}: {damage}\nDelete {self.prepared}, and it is made again."
+                ) from damage
+            return np.zeros((self.facts["channels"], *self.facts["size"]), dtype=np.uint8), False
+
+    @functools.cached_property
+    def _stored(self) -> StoredImages:
+        return StoredImages(self.prepared)
+
+    @property
+    def _pixels(self) -> int:
+        return int(np.prod(self.facts["size"]))
+
+    @functools.cached_property
+    def _good_rows(self) -> np.ndarray:
+        rows = self._stored.rows("train")
+        return rows[self._stored.labels[rows] == self.header.good]
+
+    @functools.cached_property
+    def _masked_rows(self) -> np.ndarray:
+        rows = self._stored.rows("train")
+        return rows[self._stored.table["defect_px"].to_numpy()[rows] > 0]
+
+    def _sampled_shares(self) -> np.ndarray:
+        """Of each class, in the images as the model sees them in training."""
+        counts = self._counts.copy()
+        if self.config.task.balanced_share is not None:
+            counts = np.where(counts > 0, np.maximum(counts, self.config.task.balanced_share * counts.max()), 0)
+        if self.header.is_binary:
+            made = self._defect_shares.total * counts[0]
+            counts += np.array([-made, made])
+        return counts / max(counts.sum(), 1)
+
+    def _with_defect(self, example: Example, seed: int) -> Example:
+        """In training a good part may get a defect, and is then a defective one."""
+        if not (example.trains and self._defect_shares.total and self.header.is_binary and example.target[0] == 1):
+            return example
+
+        def defect(drawn: float) -> tuple[np.ndarray, np.ndarray]:
+            row = int(self._masked_rows[int(drawn * len(self._masked_rows))])
+            mask = self._stored.mask(row)
+            assert mask is not None
+            return self.read(row)[0], mask
+
+        def other(drawn: float) -> np.ndarray:
+            return self.read(int(self._good_rows[int(drawn * len(self._good_rows))]))[0]
+
+        image = add_defect(example.image, seed, self._defect_shares, defect, other, self.config.augment.flips)
+        if image is None:
+            return example
+        return example._replace(image=image, target=np.eye(2, dtype=np.float32)[DEFECTIVE])
+
+
+class ImageRows:
+    """One split; "test/NAME" is the test split under a corruption."""
+
+    def __init__(self, task: DefectTask, split: str) -> None:
+        name, _, self._corruption = split.partition("/")
+        self._task, self._trains = task, name == "train"
+        self._rows = self.ids = task._good_rows if self._trains and task.is_one_class else task._stored.rows(name)
+        if self._trains:
+            share = task.config.task.balanced_share
+            self._rows, self.ids = repeated_rows(self._rows, task._stored.labels[self._rows], share)
+        self.lengths = np.full(len(self.ids), task._pixels, dtype=np.int64)
+        self.weights = np.ones(len(self.ids))
+
+    def take(self, indices: np.ndarray) -> list[Example]:
+        examples = []
+        for row in self._rows[indices].tolist():
+            image, readable = self._task.read(row)
+            if self._corruption:
+                image = corrupt(image, self._corruption, row)
+            examples.append(Example(image, self._task._stored.targets[row], readable, self._trains))
+        return examples
+
+
+def _is_one_class(config: Config, counts: np.ndarray) -> bool:
+    if config.task.mode == "one_class":
+        return True
+    return config.task.mode == "auto" and config.data.target == "defective" and counts[DEFECTIVE] == 0

@@ -1,0 +1,170 @@
+"""The module of defect detection: heat maps add up to the decision, tiles see small defects, losses are the papers'."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recipes.defect_detection import losses
+from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles, peak, small, tile_starts
+from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
+
+
+class Brightness(nn.Module):
+    """A backbone whose features are the means of 4 x 4 pixels, and their opposites."""
+
+    out_channels, stride = 2, 4
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = F.avg_pool2d(images, 4)
+        return torch.cat([means, -means], 1)
+
+
+def _network(good: int | None = 0, num_classes: int = 2, tiles: Tiles | None = None) -> DefectNetwork:
+    network = DefectNetwork(Brightness(), num_classes, good, [0.0], [1.0], tiles=tiles).eval()
+    nn.init.zeros_(network.head.weight)
+    with torch.no_grad():
+        network.head.weight[1, 0] = 1.0  # bright places speak for class 1
+    return network
+
+
+def test_the_heat_map_adds_up_to_the_decision() -> None:
+    images = torch.rand(3, 1, 16, 24)
+    logits, heat, _ = _network()(images)
+    torch.testing.assert_close(heat.mean((1, 2)), logits[:, 1] - logits[:, 0])
+    assert heat.shape == (3, 4, 6)
+
+
+def test_the_peak_lies_where_the_defect_is() -> None:
+    images = torch.zeros(2, 1, 32, 64)
+    images[0, 0, 4:8, 40:44] = 1.0
+    images[1, 0, 28:32, 0:4] = 1.0
+    _, heat, _ = _network()(images)
+    np.testing.assert_allclose(peak(heat) * torch.tensor([32.0, 64.0]), [[6.0, 42.0], [30.0, 2.0]])
+
+
+def test_without_a_good_class_the_heat_map_is_of_the_predicted_class() -> None:
+    network = _network(good=None, num_classes=3)
+    with torch.no_grad():
+        network.head.weight[2, 1] = 1.0  # dark places speak for class 2
+    images = torch.zeros(1, 1, 8, 8)
+    images[0, 0, :4] = -1.0
+    logits, heat, _ = network(images)
+    assert logits.argmax(1).item() == 2
+    torch.testing.assert_close(heat[0], torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+
+
+def test_a_heat_map_that_is_made_smaller_keeps_its_peak() -> None:
+    heat = torch.zeros(1, 96, 50)
+    heat[0, 70, 3] = 1.0
+    assert small(heat).shape == (1, 24, 24)
+    assert small(heat)[0, 70 * 24 // 96, 3 * 24 // 50] == 1.0
+    assert small(torch.zeros(2, 9, 24)).shape == (2, 9, 24)
+
+
+@pytest.mark.parametrize("length", [32, 33, 64, 100, 101])
+def test_tiles_cover_every_pixel_and_overlap_as_stated(length: int) -> None:
+    tiles = Tiles(32, 0.25, 1)
+    starts = tile_starts(length, tiles, 4)
+    seen = np.zeros(length)
+    for start in starts:
+        assert 0 <= start <= max(0, length - 32)
+        seen[start : start + 32] += 1
+    assert (seen > 0).all()
+    assert all(later - earlier <= 24 for earlier, later in itertools.pairwise(starts))
+
+
+def test_a_small_defect_in_a_large_frame_moves_the_score_more_with_tiles() -> None:
+    images = torch.zeros(2, 1, 128, 128)
+    images[1, 0, 72:80, 20:28] = 1.0
+    whole, _, _ = _network()(images)
+    tiled, heat, _ = _network(tiles=Tiles(32, 0.25, 2))(images)
+    rise = [(logits[1, 1] - logits[0, 1]).item() for logits in (whole, tiled)]
+    assert rise[1] > 8 * rise[0]
+    assert heat.shape == (2, 32, 32)
+    y, x = (peak(heat)[1] * 128).tolist()
+    assert 72 <= y < 80
+    assert 20 <= x < 28
+
+
+def test_one_tile_alone_does_not_decide() -> None:
+    images = torch.zeros(1, 1, 64, 64)
+    images[0, 0, :8, :8] = 1.0
+    one, two = (_network(tiles=Tiles(16, 0.0, top))(images)[0][0, 1].item() for top in (1, 2))
+    assert two == pytest.approx(one / 2)
+
+
+def test_cross_entropy_and_focal_loss_are_those_of_the_papers() -> None:
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    target = F.one_hot(labels, 3).float()
+    torch.testing.assert_close(losses.cross_entropy(logits, target), F.cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(losses.focal(logits, target, 0.0), losses.cross_entropy(logits, target))
+    chosen = logits.softmax(1)[torch.arange(6), labels]
+    torch.testing.assert_close(losses.focal(logits, target, 2.0), -((1 - chosen) ** 2) * chosen.log())
+
+
+def test_a_soft_target_is_best_met_by_its_own_probability() -> None:
+    target = torch.tensor([[0.7, 0.3]])
+    for loss in (losses.cross_entropy, lambda logits, soft: losses.focal(logits, soft, 2.0)):
+        shares = torch.linspace(0.01, 0.99, 99)
+        values = [loss(torch.tensor([[p, 1 - p]]).log(), target).item() for p in shares.tolist()]
+        assert shares[int(np.argmin(values))].item() == pytest.approx(0.7, abs=0.011)
+    torch.testing.assert_close(losses.smooth(target, 0.1), torch.tensor([[0.68, 0.32]]))
+
+
+def _batch(count: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "image": torch.randint(0, 256, (count, 1, 16, 16), generator=generator, dtype=torch.uint8),
+        "target": F.one_hot(torch.arange(count) % 2, 2).float(),
+        "readable": torch.ones(count),
+        "weight": torch.ones(count),
+    }
+
+
+def test_an_image_that_cannot_be_read_counts_nothing_in_the_loss() -> None:
+    model, batch = DefectClassifier(_network()).train(), _batch()
+    others = {name: value[1:] for name, value in batch.items()}
+    batch["readable"][0] = 0.0
+    torch.testing.assert_close(model(batch), model(others))
+
+
+def test_the_adjusted_logits_train_and_the_corrected_ones_answer() -> None:
+    batch = _batch()
+    plain, moved = (
+        DefectClassifier(_network()),
+        DefectClassifier(_network(), adjustment=[0.0, 2.0], correction=[0.0, 1.0]),
+    )
+    assert moved.train()(batch) != plain.train()(batch)
+    logits, _, _ = plain.network(batch["image"].float() / 255)
+    expected = (logits + torch.tensor([0.0, 1.0])).softmax(1)
+    torch.testing.assert_close(moved.eval()(batch)["probability"], expected)
+
+
+def test_adjusting_and_correcting_give_the_probabilities_of_the_wanted_shares() -> None:
+    """A model that has learnt log-likelihoods alone: with logits adjusted by all of the log shares."""
+    sampled, wanted = np.array([0.5, 0.5]), np.array([0.9, 0.1])
+    likelihood = np.array([[0.2, 0.6], [0.4, 0.1]])
+    for strength in (0.0, 0.5, 1.0):
+        learnt = np.log(likelihood * sampled) - logit_adjustment(sampled, strength)
+        answered = learnt + prior_correction(sampled, wanted, strength)
+        posterior = np.exp(answered) / np.exp(answered).sum(1, keepdims=True)
+        expected = likelihood * wanted / (likelihood * wanted).sum(1, keepdims=True)
+        np.testing.assert_allclose(posterior, expected)
+
+
+def test_rarer_classes_come_again_until_they_have_their_share() -> None:
+    rows, labels = np.arange(100, 200), np.repeat([0, 1, 2], [70, 20, 10])
+    chosen, ids = repeated_rows(rows, labels, 0.5)
+    counts = np.bincount(labels[chosen - 100])
+    assert counts.tolist() == [70, 35, 35]
+    assert len(np.unique(ids)) == len(ids), "each repetition is augmented in its own way"
+    each = np.bincount(chosen - 100, minlength=100)
+    assert set(each[90:]) == {3, 4}, "as evenly as can be"
+    assert repeated_rows(rows, labels, None)[0].tolist() == rows.tolist()
+    assert [part.tolist() for part in repeated_rows(rows, labels, 0.5)] == [chosen.tolist(), ids.tolist()]

@@ -8,11 +8,15 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 from scipy import ndimage
+
+from dist_train.errors import DataError
+from recipes.defect_detection.config import DataConfig
 
 # Changes whenever the same file would be read into other pixels.
 VERSION = 1
@@ -41,7 +45,7 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class Frame:
+class Format:
     """What images are brought to."""
 
     height: int
@@ -52,15 +56,63 @@ class Frame:
     """Bits that 16-bit grey images really use: cameras keep 10, 12 or 14 bits in 16."""
 
     def placed(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Height and width that an image is resized to, and the place of its upper left corner in the frame."""
+        """Height and width that an image is resized to, and the place of its upper left corner in the form."""
         if self.fit == "stretch":
             return self.height, self.width, 0, 0
         scale = min(1.0, self.height / height, self.width / width)
-        rows, columns = (max(1, min(round(side * scale), most)) for side, most in self._sides(height, width))
+        rows = min(max(1, round(height * scale)), self.height)
+        columns = min(max(1, round(width * scale)), self.width)
         return rows, columns, (self.height - rows) // 2, (self.width - columns) // 2
 
-    def _sides(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        return (height, self.height), (width, self.width)
+
+@dataclass(frozen=True)
+class Frame:
+    """A new image as the network sees it."""
+
+    image: np.ndarray
+    """uint8 [channels, height, width]"""
+    place: tuple[float, float, float, float]
+    """Where its upper left corner lies (top, left), and by how much its height and width were changed."""
+
+
+def format_of(data: DataConfig, bits: int = 16) -> Format:
+    height, width = data.height_width
+    return Format(height, width, data.channels, data.fit, bits)
+
+
+def read_frame(source: str | bytes | np.ndarray, data: DataConfig, bits: int = 16) -> Frame:
+    """An image that lies in a file, in the bytes of one, or in an array [height, width] or [height, width, channels].
+    bits: those of the prepared data, from its facts. DataError with the file's name.
+    """
+    form = format_of(data, bits)
+    try:
+        if isinstance(source, np.ndarray):
+            image = _converted(_from_array(source), form).image
+        else:
+            image = decode_image(Path(source).read_bytes() if isinstance(source, str) else source, form).image
+    except OSError as error:
+        raise DataError(f"{source!s} cannot be read: {error.strerror or error}.") from error
+    except UnreadableError as error:
+        raise DataError(f"{source if isinstance(source, str) else 'an image'} {error}.") from None
+    rows, columns, top, left = form.placed(image.height, image.width)
+    return Frame(fit_image(image, form), (top, left, rows / image.height, columns / image.width))
+
+
+def _from_array(values: np.ndarray) -> Image.Image:
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    shapes = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    if not shapes or not values.size or values.dtype not in (np.uint8, np.uint16, np.float32, np.float64, np.bool_):
+        raise UnreadableError(
+            f"is an array {list(values.shape)} of {values.dtype}; allowed are [height, width] and [height, width, 3], "
+            "of uint8, uint16, or floats from 0 to 1"
+        )
+    if values.dtype == np.float64:
+        values = values.astype(np.float32)
+    try:
+        return Image.fromarray(np.ascontiguousarray(values))
+    except (TypeError, ValueError) as error:
+        raise UnreadableError(f"is an array of {values.dtype} with {values.ndim} axes: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -72,19 +124,23 @@ class Decoded:
     """Largest value of a 16-bit grey image."""
 
 
-def decode_image(data: bytes, frame: Frame) -> Decoded:
+def decode_image(data: bytes, form: Format) -> Decoded:
     """The image in a file's bytes. UnreadableError."""
     image, turned = _open(data)
-    notes = _TURNED if turned else 0
+    return _converted(image, form, _TURNED if turned else 0)
+
+
+def _converted(image: Image.Image, form: Format, notes: int = 0) -> Decoded:
+    """In the mode that the form asks for."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey, largest = _scaled(image, frame.bits)
+        grey, largest = _scaled(image, form.bits)
         notes |= _FLOAT if image.mode == "F" else _DEEP
-        return Decoded(_with_channels(Image.fromarray(grey), frame.channels), notes, largest)
+        return Decoded(_with_channels(Image.fromarray(grey), form.channels), notes, largest)
     if image.mode == "1":
         image = image.convert("L")
     elif image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             # What lies under transparent pixels was never meant to be seen.
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             notes |= _TRANSPARENT
@@ -92,9 +148,9 @@ def decode_image(data: bytes, frame: Frame) -> Decoded:
     elif image.mode not in ("L", "RGB"):
         notes |= 0 if image.mode == "P" else _SPACE
         image = image.convert("RGB")
-    if frame.channels == 1 and image.mode == "RGB" and _is_coloured(image):
+    if form.channels == 1 and image.mode == "RGB" and _is_coloured(image):
         notes |= _GREY
-    return Decoded(_with_channels(image, frame.channels), notes)
+    return Decoded(_with_channels(image, form.channels), notes)
 
 
 def decode_mask(data: bytes) -> np.ndarray:
@@ -117,7 +173,7 @@ def _open(data: bytes) -> tuple[Image.Image, bool]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
             file_format, frames = image.format, getattr(image, "n_frames", 1)
             # A camera's MPO holds previews behind its picture.
             if frames > 1 and file_format != "MPO":
@@ -174,21 +230,21 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def fit_image(image: Image.Image, frame: Frame) -> np.ndarray:
+def fit_image(image: Image.Image, form: Format) -> np.ndarray:
     """uint8 [channels, height, width]: resized with all source pixels taking part, filled up with the edge."""
-    rows, columns, top, left = frame.placed(image.height, image.width)
+    rows, columns, top, left = form.placed(image.height, image.width)
     if (image.height, image.width) != (rows, columns):
         image = image.resize((columns, rows), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image).reshape(rows, columns, frame.channels).transpose(2, 0, 1)
-    sides = ((top, frame.height - rows - top), (left, frame.width - columns - left))
+    pixels = np.asarray(image).reshape(rows, columns, form.channels).transpose(2, 0, 1)
+    sides = ((top, form.height - rows - top), (left, form.width - columns - left))
     return np.ascontiguousarray(np.pad(pixels, ((0, 0), *sides), mode="edge"))
 
 
-def fit_mask(mask: np.ndarray, frame: Frame) -> np.ndarray:
-    """uint8 [height, width], 1 where the frame's pixel covers any pixel of the defect, so that none gets lost."""
-    rows, columns, top, left = frame.placed(*mask.shape)
+def fit_mask(mask: np.ndarray, form: Format) -> np.ndarray:
+    """uint8 [height, width], 1 where the form's pixel covers any pixel of the defect, so that none gets lost."""
+    rows, columns, top, left = form.placed(*mask.shape)
     fitted = _fit_rows(_fit_rows(mask, rows).T, columns).T
-    result = np.zeros((frame.height, frame.width), dtype=np.uint8)
+    result = np.zeros((form.height, form.width), dtype=np.uint8)
     result[top : top + rows, left : left + columns] = fitted
     return result
 
@@ -204,13 +260,13 @@ def _fit_rows(mask: np.ndarray, rows: int) -> np.ndarray:
     return total[last] > total[first]
 
 
-def smallest_part_px(mask: np.ndarray, frame: Frame) -> int:
-    """Pixels of the frame that the smallest connected part (8 neighbours) of a mask in its own size fills, at least 1;
+def smallest_part_px(mask: np.ndarray, form: Format) -> int:
+    """Pixels of the form that the smallest connected part (8 neighbours) of a mask in its own size fills, at least 1;
     0 for an empty mask.
 
     Of its area, not of the fitted mask, whose pixels count as soon as the defect touches them.
     """
-    rows, columns, _, _ = frame.placed(*mask.shape)
+    rows, columns, _, _ = form.placed(*mask.shape)
     parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
     if count == 0:
         return 0

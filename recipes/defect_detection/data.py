@@ -181,7 +181,10 @@ def _check_split(split_of: np.ndarray, labels: Labels, data: DataConfig) -> list
     np.add.at(counts, (split_of, labels.labels), 1)
     for name, count in zip(SPLITS, counts.sum(axis=1), strict=True):
         if not count:
-            raise DataError(f"the {name} split is empty: {len(split_of)} images are too few for these shares.")
+            raise DataError(
+                f"the {name} split is empty: {len(split_of)} images are too few for these shares, or data.item_column "
+                "or data.item_pattern joins too many of them to one part, or data.test_only leaves none."
+            )
     needed = labels.names if data.target == "classes" else labels.names[:1]
     for index, label in enumerate(needed):
         lacking = [name for name, count in zip(SPLITS, counts[:, index], strict=True) if not count]

@@ -23,7 +23,7 @@ VERSION = 1
 
 _COMMON = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
 SUFFIXES = frozenset((*_COMMON, ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".tga"))
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
 NOTES = (
     "colour made grey",
     "16-bit grey scaled to 8 bits",

@@ -52,11 +52,8 @@ def write_classes(folder: Path, counts: dict[str, int], first_seed: int = 0) -> 
 
 def config_of(cache: Path, sections: dict[str, Any] | None = None, **data: Any) -> Config:
     """sections: those beside `data`."""
-    values = {
-        "size_px": 24,
-        "cache_dir": cache,
-        **{key: str(v) if isinstance(v, Path) else v for key, v in data.items()},
-    }
+    paths = {key: str(value) if isinstance(value, Path) else value for key, value in data.items()}
+    values = {"size_px": 24, "cache_dir": cache, **paths}
     return Config(recipe="defect_detection", data=values, **(sections or {}))
 
 

@@ -115,8 +115,9 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path, kind: str) -> N
     rows: list[dict[str, Any]] = []
     for index in range(4):
         write_image(tmp_path / "images" / f"{index}.png", index)
-        rows.append({"name": f"images/{index}.png", "class": "ok" if index else "dent", "part": f"p{index // 2}",
-                     "mask": "" if index else "m.png", "side": ["train", "validation", "test", "train"][index]})  # fmt: skip
+        side, kind = ("train", "validation", "test", "train")[index], "ok" if index else "dent"
+        row = {"name": f"images/{index}.png", "class": kind, "part": f"p{index // 2}", "side": side}
+        rows.append(row | {"mask": "" if index else "m.png"})
     write_mask(tmp_path / "m.png", [(0, 0, 3, 3)])
     file = tmp_path / f"parts.{kind}"
     if kind == "parquet":
@@ -125,7 +126,9 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path, kind: str) -> N
         file.write_text("\n".join(json.dumps(row) for row in rows))
     else:
         signs = "\t" if kind == "tsv" else ","
-        file.write_text("\n".join(signs.join(row) for row in [list(rows[0]), *(row.values() for row in rows)]))
+        lines = [list(rows[0]), *(row.values() for row in rows)]
+        lines = [list(rows[0]), *(row.values() for row in rows)]
+        file.write_text("\n".join(signs.join(line) for line in lines))
     listing = _list(
         file, file_column="name", label_column="class", item_column="part", mask_column="mask", split_column="side"
     )

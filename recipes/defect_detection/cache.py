@@ -268,10 +268,10 @@ class _Writer:
     def write_image(self, record: np.void, pixels: np.ndarray) -> None:
         """uint8 [channels, height, width]"""
         content = pixels.tobytes()
-        wide = pixels.reshape(self._channels, -1).astype(np.uint64)
+        wide = pixels.reshape(self._channels, -1).astype(np.uint32)  # holds 255 * 255
         record["check"], record["pixel_hash"] = zlib.crc32(content), _hash(content)
-        record["sums"][: self._channels] = wide.sum(axis=1)
-        record["squares"][: self._channels] = (wide * wide).sum(axis=1)
+        record["sums"][: self._channels] = wide.sum(axis=1, dtype=np.uint64)
+        record["squares"][: self._channels] = (wide * wide).sum(axis=1, dtype=np.uint64)
         self._write(0, int(record["slot"]) * self._pixels * self._channels, content)
 
     def write_mask(self, record: np.void, mask: np.ndarray, smallest_px: int) -> None:

@@ -192,8 +192,8 @@ def _check_split(split_of: np.ndarray, labels: Labels, data: DataConfig) -> list
             raise DataError(
                 f"the class {label!r} has {counts[:, index].sum()} image(s), of which none lies in the "
                 f"{' and the '.join(lacking)} split: a class needs a part in each of the three.\nAdd images of it, "
-                "merge it with another class, or leave it out; where data.item_column or data.item_pattern joins images "
-                "to parts, look whether it joins too many."
+                "merge it with another class, or leave it out; where data.item_column or data.item_pattern joins "
+                "images to parts, look whether it joins too many."
             )
     if data.target == "classes":
         return []
@@ -209,14 +209,14 @@ def _check_split(split_of: np.ndarray, labels: Labels, data: DataConfig) -> list
 
 def _leak_warnings(leaks: dict[str, int]) -> list[str]:
     warnings = []
-    for key, what in (("duplicates_crossing", "groups of identical images"), ("items_crossing", "parts")):
+    for key, what in (("duplicates_crossing", "group(s) of identical images"), ("items_crossing", "part(s)")):
         if leaks[key]:
             warnings.append(
                 f"{leaks[key]} {what} lie in several splits, as the given split has it: what is measured is too good"
             )
     if leaks["duplicates_with_conflicting_labels"]:
         warnings.append(
-            f"{leaks['duplicates_with_conflicting_labels']} groups of identical images have different labels"
+            f"{leaks['duplicates_with_conflicting_labels']} group(s) of identical images have different labels"
         )
     return warnings
 

@@ -236,8 +236,10 @@ def fit_image(image: Image.Image, form: Format) -> np.ndarray:
     if (image.height, image.width) != (rows, columns):
         image = image.resize((columns, rows), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).reshape(rows, columns, form.channels).transpose(2, 0, 1)
-    sides = ((top, form.height - rows - top), (left, form.width - columns - left))
-    return np.ascontiguousarray(np.pad(pixels, ((0, 0), *sides), mode="edge"))
+    if (rows, columns) != (form.height, form.width):
+        sides = ((top, form.height - rows - top), (left, form.width - columns - left))
+        pixels = np.pad(pixels, ((0, 0), *sides), mode="edge")
+    return np.ascontiguousarray(pixels)
 
 
 def fit_mask(mask: np.ndarray, form: Format) -> np.ndarray:

@@ -213,14 +213,16 @@ def test_what_is_killed_leaves_no_half_cache(tmp_path: Path) -> None:
     left = [path.name for path in cache.iterdir()]
     assert any(name.startswith(".tmp-images-") for name in left)
     assert not [name for name in left if not name.startswith(".")]
-    (next(cache.glob(".tmp-images-*")) / "marker").touch()
+    left_over = next(cache.glob(".tmp-images-*"))
+    (left_over / "marker").touch()
+    (cache / ".tmp-images-another").mkdir()
     stored, _ = prepare_images(cache, path="synthetic", images=600, size_px=64)
     assert len(stored) == 600
     for index in range(0, 600, 50):
         assert stored.image(index).any()
     names = {path.name for folder in cache.glob("[!.]*") for path in folder.iterdir()}
     assert "marker" not in names, "the same preparation begins anew"
-    assert not list(cache.glob(".tmp-*"))
+    assert not list(cache.glob(".tmp-*")), "nor does anything stay of another one that was killed"
 
 
 def test_unreadable_images_within_the_budget_are_left_out_and_named(parts: Path, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path: Path, kind: str) -> N
     rows: list[dict[str, Any]] = []
     for index in range(4):
         write_image(tmp_path / "images" / f"{index}.png", index)
-        side, kind = ("train", "validation", "test", "train")[index], "ok" if index else "dent"
-        row = {"name": f"images/{index}.png", "class": kind, "part": f"p{index // 2}", "side": side}
+        side, label = ("train", "validation", "test", "train")[index], "ok" if index else "dent"
+        row = {"name": f"images/{index}.png", "class": label, "part": f"p{index // 2}", "side": side}
         rows.append(row | {"mask": "" if index else "m.png"})
     write_mask(tmp_path / "m.png", [(0, 0, 3, 3)])
     file = tmp_path / f"parts.{kind}"

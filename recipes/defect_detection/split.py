@@ -43,9 +43,9 @@ def split_images(
     result, method = own.astype(np.int8), "given"
     result[forced] = TEST
     shares = {TEST: config.test_share, VALIDATION: config.validation_share}
-    for missing in (TEST, VALIDATION):
+    for missing, other in ((TEST, VALIDATION), (VALIDATION, TEST)):
         if not (result == missing).any():
-            rest = 1 - (shares[VALIDATION] if missing == TEST else shares[TEST])
+            rest = 1 - (shares[other] if (result == other).any() else 0)
             rows = np.flatnonzero(result == TRAIN)
             share = min(0.5, shares[missing] / rest)
             dealt = _deal(strata[rows], groups[rows], [1 - share, share], config.split_seed)

@@ -21,6 +21,7 @@ from scipy import ndimage
 from dist_train import worker_pool
 from dist_train.errors import ConfigError, DataError
 from recipes.defect_detection import data as prepared_data
+from recipes.defect_detection import file_hashes
 from recipes.defect_detection.images import Format, fit_mask
 from recipes.defect_detection.stored import Damaged, StoredImages
 from tests.pictures import config_of, pixels, prepare_images, write_classes, write_image, write_mask
@@ -156,6 +157,7 @@ def test_a_second_start_reads_no_image(parts: Path, tmp_path: Path) -> None:
     changed = parts / "good" / "003.png"
     changed.write_bytes(b"x" * changed.stat().st_size)
     _settle(parts)
+    file_hashes._known.clear()  # as in a new process
     again, _ = prepare_images(tmp_path / "cache", path=parts)
     assert again._folder == first._folder
     os.utime(changed)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from dist_train.errors import DataError
+from dist_train.model_folder import write_state
 from dist_train.prepared import load_facts
 from dist_train.task import Batch, ListedRows
 from recipes.defect_detection import augment, decisions, losses
@@ -22,7 +24,7 @@ from recipes.defect_detection.images import Frame, read_frame
 from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles
 from recipes.defect_detection.networks import build_backbone
 from recipes.defect_detection.predictions import DEFECTIVE, make_table, read_header
-from recipes.defect_detection.pretrained import build_pretrained
+from recipes.defect_detection.pretrained import PretrainedBackbone, build_pretrained, save_config
 from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
 from recipes.defect_detection.stored import Damaged, StoredImages
 
@@ -153,6 +155,13 @@ class DefectTask:
         else:
             columns |= {f"probability/{name}": pa.array(probability[:, i]) for i, name in enumerate(self.labels)}
         return pa.table(columns)
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """The state, and of a pretrained backbone the config that it is built from."""
+        assert isinstance(model, DefectClassifier)
+        write_state(folder, model)
+        if isinstance(model.network.backbone, PretrainedBackbone):
+            save_config(model.network.backbone, folder)
 
     def read(self, row: int) -> tuple[np.ndarray, bool]:
         """A stored image, and whether it is what was stored. One that is not counts nothing in training, on whichever

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dist_train.datasets_source import open_dataset, read_dataset
 from dist_train.errors import DataError
 from dist_train.table_files import expand_files, read_files
-from recipes.ticket_routing.datasets_source import open_dataset, read_dataset
 
 COLUMNS = {"text": "data.text_columns", "queue": "data.label_column"}
 ROWS = [{"text": "my laptop,\nit is broken", "queue": "hardware"}, {"text": 'the "vpn" is slow', "queue": "network"}]

@@ -16,13 +16,13 @@ import transformers
 import yaml
 
 from dist_train import config_io
+from dist_train.datasets_source import open_dataset
 from dist_train.errors import DataError, UnsafeInputError
 from dist_train.prepared import load_facts
 from dist_train.prepared import prepare as prepare_recipe
 from dist_train.recipe import load_recipe
 from recipes.ticket_routing import hub as recipe_hub
 from recipes.ticket_routing.config import Config
-from recipes.ticket_routing.datasets_source import open_dataset
 from recipes.ticket_routing.task import TicketTask
 from tests.front_door import dist_train, lines, losses
 from tests.hub_server import Hub, serving

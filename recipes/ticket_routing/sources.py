@@ -11,10 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from dist_train import datasets_source
 from dist_train.errors import ConfigError, DataError
 from dist_train.hub import is_offline
 from dist_train.table_files import Batch, TableFile, check_columns, expand_files, read_files
-from recipes.ticket_routing import datasets_source, split, synthetic
+from recipes.ticket_routing import split, synthetic
 from recipes.ticket_routing.chunks import CHUNK_ROWS, Chunk, packed
 from recipes.ticket_routing.config import DataConfig
 

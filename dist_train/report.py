@@ -173,6 +173,7 @@ def measure_models(models: Mapping[str, pa.Table], score: Score, samples: int) -
                     points["model"][metric] - points[name][metric], arrays["model"][metric] - arrays[name][metric]
                 )
                 for metric in score.compared
+                if metric in points["model"]
             }
     return result
 

@@ -253,4 +253,4 @@ class ImageRows:
 def _is_one_class(config: Config, counts: np.ndarray) -> bool:
     if config.task.mode == "one_class":
         return True
-    return config.task.mode == "auto" and config.data.target == "defective" and counts[DEFECTIVE] == 0
+    return config.task.mode == "auto" and config.data.target == "defective" and not counts[DEFECTIVE]

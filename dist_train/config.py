@@ -228,6 +228,8 @@ class RunConfig(Section):
     """Seed of weights, sample order, augmentation and dropout."""
     output_dir: Path = path_field(Path("runs"))
     """Folder that holds the run directories."""
+    ladder: list[str] | None = None
+    """Rungs that `dist-train ablate` compares, each `NAME: key=value key=value` on top of those before; null: none."""
     data: CachedData = CachedData()
     """Where the data comes from and how it is split (the recipe's own keys)."""
     model: Section = Section()

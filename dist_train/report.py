@@ -63,8 +63,8 @@ def build_report(
         "latency": read_json(run.latency) if run.latency.is_file() else None,
         "verdicts": _verdicts(measured["test"], score),
         "remarks": score.remarks(measured["test"]["metrics"]["model"]),
-        "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of {score.unit or 'row'}s; differences are "
-        "paired",
+        "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of {score.sampled}; "
+        "differences are paired",
         "data": facts,
         "started_from": started_from(run),
         "training": _training(run, lines),

@@ -78,6 +78,11 @@ class Score:
         for drawn in bootstrap_weights(len(units), samples, _BOOTSTRAP_SEED):
             yield drawn[unit_of]
 
+    @property
+    def sampled(self) -> str:
+        """What a bootstrap sample draws, in the plural."""
+        return f"{self.unit or 'row'}s"
+
     def sign(self, metric: str) -> float:
         """1 where higher is better, else -1."""
         return -1.0 if metric in self.lower_is_better else 1.0

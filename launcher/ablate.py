@@ -126,7 +126,7 @@ def _report(study: Study, failed: dict[str, ToolkitError]) -> None:
     sentences = verdicts(entries, study.score)
     note = (
         f"Test split. Differences: mean over seeds, with a 95 % interval over {study.samples} bootstrap samples of "
-        f"{study.score.unit or 'row'}s, paired, given these seeds; ± is the standard deviation over seeds."
+        f"{study.score.sampled}, paired, given these seeds; ± is the standard deviation over seeds."
     )
     study.folder.mkdir(parents=True, exist_ok=True)
     failures = {name: str(error) for name, error in failed.items()}

@@ -133,9 +133,13 @@ def _drawn(score: Score, table: pa.Table, draws: np.ndarray) -> dict[str, np.nda
     return {name: np.array([values[name] for values in every]) for name in shown if name in every[0]}
 
 
-def _over_seeds(points: list[float]) -> dict[str, float]:
-    spread = float(np.std(points, ddof=1)) if len(points) > 1 else float("nan")
-    return {"mean": float(np.mean(points)), "std": spread}
+def _over_seeds(points: list[float]) -> dict[str, float | None]:
+    return {"mean": float(np.mean(points)), "std": _spread(points)}
+
+
+def _spread(points: Sequence[float]) -> float | None:
+    """Standard deviation over seeds; None of a single one."""
+    return float(np.std(points, ddof=1)) if len(points) > 1 else None
 
 
 def _difference(values: Mapping[tuple[str, int], Mapping[str, np.ndarray]], rung: str, other: str) -> dict[str, Any]:
@@ -146,6 +150,5 @@ def _difference(values: Mapping[tuple[str, int], Mapping[str, np.ndarray]], rung
     for metric in values[rung, seeds[0]]:
         each = np.array([values[rung, seed][metric] - values[other, seed][metric] for seed in seeds])
         mean = each.mean(0)
-        spread = float(np.std(each[:, 0], ddof=1)) if len(seeds) > 1 else float("nan")
-        metrics[metric] = {**interval(float(mean[0]), mean[1:]), "std_over_seeds": spread}
+        metrics[metric] = {**interval(float(mean[0]), mean[1:]), "std_over_seeds": _spread(each[:, 0])}
     return {"seeds": seeds, "metrics": metrics}

@@ -161,7 +161,7 @@ def _rows(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
         row = [entry["rung"], str(len(entry["seeds"]))]
         for name in names:
             point = entry["metrics"][name]
-            row.append(f"{point['mean']:.4f}" + (f" ± {point['std']:.4f}" if point["std"] == point["std"] else ""))
+            row.append(f"{point['mean']:.4f}" + (f" ± {point['std']:.4f}" if point["std"] is not None else ""))
             value = entry.get("to_rung_before", {}).get("metrics", {}).get(name)
             known = value is not None and value["value"] is not None
             row.append(f"{value['value']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]" if known else "")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from recipes.defect_detection.synthetic import generate
 
 from recipes.defect_detection.config import SyntheticConfig
+from recipes.defect_detection.synthetic import generate
 
 SIDE = 48
 # Scratches that a tiny network learns in seconds.

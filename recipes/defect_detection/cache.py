@@ -5,6 +5,7 @@ Workers write each image to its place, so that nothing is held and the bytes do 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dist_train.prepared import check_space, commit, is_whole, load_facts
 from dist_train.worker_pool import map_in_workers
@@ -66,13 +67,15 @@ def store_images(listing: Listing, content: str, data: DataConfig, say: Say) -> 
     form = format_of(data)
     described = [VERSION, images.VERSION, content, asdict(form)]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    folder = data.cache_dir.expanduser() / f"images-{key[:24]}"
+    root = data.cache_dir.expanduser()
+    folder = root / f"images-{key[:24]}"
+    _remove_leftovers(root)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if is_whole(folder):
             say(f"data           images read before: {folder}")
             _refuse(listing, load_facts(folder)["unreadable"], [], data)
             return folder
-        check_space(data.cache_dir, _bytes_needed(listing, form), 0, say)
+        check_space(root, _bytes_needed(listing, form), 0, say)
         temporary = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed preparation left; we hold the lock
         try:
@@ -81,6 +84,13 @@ def store_images(listing: Listing, content: str, data: DataConfig, say: Say) -> 
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _remove_leftovers(root: Path) -> None:
+    """What killed preparations have left: nobody holds their locks."""
+    for path in root.glob(".tmp-images-*"):
+        with contextlib.suppress(Timeout), FileLock(root / f".{path.name.removeprefix('.tmp-')}.lock", timeout=0):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_records(folder: Path) -> np.ndarray:
@@ -268,10 +278,10 @@ class _Writer:
     def write_image(self, record: np.void, pixels: np.ndarray) -> None:
         """uint8 [channels, height, width]"""
         content = pixels.tobytes()
-        wide = pixels.reshape(self._channels, -1).astype(np.uint64)
+        wide = pixels.reshape(self._channels, -1).astype(np.uint32)  # holds 255 * 255
         record["check"], record["pixel_hash"] = zlib.crc32(content), _hash(content)
-        record["sums"][: self._channels] = wide.sum(axis=1)
-        record["squares"][: self._channels] = (wide * wide).sum(axis=1)
+        record["sums"][: self._channels] = wide.sum(axis=1, dtype=np.uint64)
+        record["squares"][: self._channels] = (wide * wide).sum(axis=1, dtype=np.uint64)
         self._write(0, int(record["slot"]) * self._pixels * self._channels, content)
 
     def write_mask(self, record: np.void, mask: np.ndarray, smallest_px: int) -> None:

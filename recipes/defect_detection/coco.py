@@ -172,5 +172,6 @@ def draw_outlines(outlines: dict[str, Any], height: int, width: int) -> np.ndarr
             ] = True
         else:
             for polygon in shape["polygons"]:
-                draw.polygon(polygon, fill=1)
+                # COCO counts from the corner of a pixel, Pillow from its middle.
+                draw.polygon([value - 0.5 for value in polygon], fill=1)
     return mask | np.asarray(image)

@@ -181,7 +181,10 @@ def _check_split(split_of: np.ndarray, labels: Labels, data: DataConfig) -> list
     np.add.at(counts, (split_of, labels.labels), 1)
     for name, count in zip(SPLITS, counts.sum(axis=1), strict=True):
         if not count:
-            raise DataError(f"the {name} split is empty: {len(split_of)} images are too few for these shares.")
+            raise DataError(
+                f"the {name} split is empty: {len(split_of)} images are too few for these shares, or data.item_column "
+                "or data.item_pattern joins too many of them to one part, or data.test_only leaves none."
+            )
     needed = labels.names if data.target == "classes" else labels.names[:1]
     for index, label in enumerate(needed):
         lacking = [name for name, count in zip(SPLITS, counts[:, index], strict=True) if not count]
@@ -189,8 +192,8 @@ def _check_split(split_of: np.ndarray, labels: Labels, data: DataConfig) -> list
             raise DataError(
                 f"the class {label!r} has {counts[:, index].sum()} image(s), of which none lies in the "
                 f"{' and the '.join(lacking)} split: a class needs a part in each of the three.\nAdd images of it, "
-                "merge it with another class, or leave it out; where data.item_column or data.item_pattern joins images "
-                "to parts, look whether it joins too many."
+                "merge it with another class, or leave it out; where data.item_column or data.item_pattern joins "
+                "images to parts, look whether it joins too many."
             )
     if data.target == "classes":
         return []
@@ -206,14 +209,14 @@ def _check_split(split_of: np.ndarray, labels: Labels, data: DataConfig) -> list
 
 def _leak_warnings(leaks: dict[str, int]) -> list[str]:
     warnings = []
-    for key, what in (("duplicates_crossing", "groups of identical images"), ("items_crossing", "parts")):
+    for key, what in (("duplicates_crossing", "group(s) of identical images"), ("items_crossing", "part(s)")):
         if leaks[key]:
             warnings.append(
                 f"{leaks[key]} {what} lie in several splits, as the given split has it: what is measured is too good"
             )
     if leaks["duplicates_with_conflicting_labels"]:
         warnings.append(
-            f"{leaks['duplicates_with_conflicting_labels']} groups of identical images have different labels"
+            f"{leaks['duplicates_with_conflicting_labels']} group(s) of identical images have different labels"
         )
     return warnings
 

@@ -23,7 +23,7 @@ VERSION = 1
 
 _COMMON = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
 SUFFIXES = frozenset((*_COMMON, ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".tga"))
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
 NOTES = (
     "colour made grey",
     "16-bit grey scaled to 8 bits",
@@ -236,8 +236,10 @@ def fit_image(image: Image.Image, form: Format) -> np.ndarray:
     if (image.height, image.width) != (rows, columns):
         image = image.resize((columns, rows), Image.Resampling.BILINEAR)
     pixels = np.asarray(image).reshape(rows, columns, form.channels).transpose(2, 0, 1)
-    sides = ((top, form.height - rows - top), (left, form.width - columns - left))
-    return np.ascontiguousarray(np.pad(pixels, ((0, 0), *sides), mode="edge"))
+    if (rows, columns) != (form.height, form.width):
+        sides = ((top, form.height - rows - top), (left, form.width - columns - left))
+        pixels = np.pad(pixels, ((0, 0), *sides), mode="edge")
+    return np.ascontiguousarray(pixels)
 
 
 def fit_mask(mask: np.ndarray, form: Format) -> np.ndarray:

@@ -43,9 +43,9 @@ def split_images(
     result, method = own.astype(np.int8), "given"
     result[forced] = TEST
     shares = {TEST: config.test_share, VALIDATION: config.validation_share}
-    for missing in (TEST, VALIDATION):
+    for missing, other in ((TEST, VALIDATION), (VALIDATION, TEST)):
         if not (result == missing).any():
-            rest = 1 - (shares[VALIDATION] if missing == TEST else shares[TEST])
+            rest = 1 - (shares[other] if (result == other).any() else 0)
             rows = np.flatnonzero(result == TRAIN)
             share = min(0.5, shares[missing] / rest)
             dealt = _deal(strata[rows], groups[rows], [1 - share, share], config.split_seed)
@@ -70,35 +70,42 @@ def split_items(labels: np.ndarray, groups: np.ndarray, config: DataConfig) -> n
 
 
 def _deal(strata: np.ndarray, groups: np.ndarray, shares: list[float], seed: int) -> np.ndarray:
-    """Which of the shares each image goes to: [n]. A group goes as a whole, filed under its rarest stratum.
+    """Which of the shares each image goes to: [n]. A group goes as a whole.
 
-    Within a stratum the groups come in random order, larger ones first, and each goes where the largest part of its
-    share is still lacking: as exact as the groups' sizes allow.
+    The groups come in random order, larger ones first, and each goes where the largest part of what it holds is still
+    lacking, rare strata before common ones (after Sechidis et al. 2011, Iterative Stratification).
     """
     if not len(strata):
         return np.zeros(0, dtype=np.int64)
     _, codes, counts = np.unique(strata, return_inverse=True, return_counts=True)
-    rarity = np.argsort(np.argsort(counts, kind="stable"), kind="stable")[codes]
     _, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    rank = np.full(len(sizes), len(counts))
-    np.minimum.at(rank, members, rarity)
     generator = np.random.Generator(np.random.Philox(key=seed))
     sides = np.zeros(len(sizes), dtype=np.int64)
-    carried = [0.0] * len(shares)
-    for stratum in np.unique(rank).tolist():
-        own = np.flatnonzero(rank == stratum)
-        own = own[generator.permutation(len(own))]
-        own = own[np.argsort(-sizes[own], kind="stable")]
-        # Too few groups for all shares: then it depends on what those before got, or all of them would train.
-        lacking = [share * int(sizes[own].sum()) for share in shares]
-        if few := len(own) < len(shares):
-            lacking = [own + before for own, before in zip(lacking, carried, strict=True)]
-        for group, size in zip(own.tolist(), sizes[own].tolist(), strict=True):
-            side = max(range(len(shares)), key=lambda index: lacking[index] / shares[index])
+    wanted = np.outer(shares, counts)
+    lacking = wanted.copy()
+    by_group = np.argsort(members, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    several = np.flatnonzero(sizes > 1)
+    several = several[generator.permutation(len(several))]
+    holding = np.bincount(codes[sizes[members] == 1], minlength=len(counts))
+    for group in several[np.argsort(-sizes[several], kind="stable")].tolist():
+        kinds, held = np.unique(codes[by_group[starts[group] : starts[group + 1]]], return_counts=True)
+        holding[kinds] += 1
+        score = (lacking[:, kinds] / wanted[:, kinds] * (held / counts[kinds])).sum(axis=1)
+        sides[group] = score.argmax()
+        lacking[sides[group], kinds] -= held
+    carried = np.zeros(len(shares))
+    for stratum in np.argsort(counts, kind="stable").tolist():
+        single = members[(codes == stratum) & (sizes[members] == 1)]
+        # In too few groups for all shares: then it depends on what those before got, or all of them would train.
+        few = holding[stratum] < len(shares)
+        here = (lacking[:, stratum] + (carried if few else 0)).tolist()
+        for group in single[generator.permutation(len(single))].tolist():
+            side = max(range(len(shares)), key=lambda index: here[index] / shares[index])
             sides[group] = side
-            lacking[side] -= size
+            here[side] -= 1
         if few:
-            carried = lacking
+            carried = np.array(here)
     return sides[members]
 
 

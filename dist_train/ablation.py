@@ -150,5 +150,5 @@ def _difference(values: Mapping[tuple[str, int], Mapping[str, np.ndarray]], rung
     for metric in values[rung, seeds[0]]:
         each = np.array([values[rung, seed][metric] - values[other, seed][metric] for seed in seeds])
         mean = each.mean(0)
-        metrics[metric] = {**interval(float(mean[0]), mean[1:]), "std_over_seeds": _spread(each[:, 0])}
+        metrics[metric] = {**interval(float(mean[0]), mean[1:]), "std_over_seeds": _spread(each[:, 0].tolist())}
     return {"seeds": seeds, "metrics": metrics}

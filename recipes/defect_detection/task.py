@@ -25,7 +25,14 @@ from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tile
 from recipes.defect_detection.networks import build_backbone
 from recipes.defect_detection.predictions import DEFECTIVE, make_table, read_header
 from recipes.defect_detection.pretrained import PretrainedBackbone, build_pretrained, save_config
-from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
+from recipes.defect_detection.sampling import (
+    class_counts,
+    is_one_class,
+    logit_adjustment,
+    prior_correction,
+    repeated_rows,
+    wanted_counts,
+)
 from recipes.defect_detection.stored import Damaged, StoredImages
 
 # Which defects good parts get in one-class mode, unless `augment` says so itself.
@@ -56,12 +63,9 @@ class DefectTask:
         self.prepared = prepared
         self.facts = load_facts(prepared)
         self.labels: list[str] = self.facts["labels"]
-        counts = self.facts["splits"]["train"]["labels"]
-        self._counts = np.array([counts.get(name, 0) for name in self.labels], dtype=np.float64)
-        self.is_one_class = _is_one_class(config, self._counts)
+        self._counts = class_counts(config, self.facts).astype(np.float64)
+        self.is_one_class = is_one_class(config, self.facts)
         self.header = read_header(self.facts, self.is_one_class)
-        if self.is_one_class:
-            self._counts[DEFECTIVE] = 0
         asked = DefectShares(config.augment.scratches, config.augment.paste)
         self._defect_shares = _ONE_CLASS if self.is_one_class and not asked.total else asked
         self._damaged: set[int] = set()
@@ -135,7 +139,7 @@ class DefectTask:
         examples = []
         for record in records:
             name = next((key for key in ("image", "path", self.config.data.file_column) if key in record), "path")
-            frame: Frame = read_frame(record[name], self.config.data)
+            frame: Frame = read_frame(record[name], self.config.data, self.facts["bits"])
             examples.append(Example(frame.image, target, place=frame.place))
         return ListedRows(examples, np.full(len(examples), self._pixels))
 
@@ -199,9 +203,7 @@ class DefectTask:
 
     def _sampled_shares(self) -> np.ndarray:
         """Of each class, in the images as the model sees them in training."""
-        counts = self._counts.copy()
-        if self.config.task.balanced_share is not None:
-            counts = np.where(counts > 0, np.maximum(counts, self.config.task.balanced_share * counts.max()), 0)
+        counts = wanted_counts(self._counts, self.config.task.balanced_share).astype(np.float64)
         if self.header.is_binary:
             made = self._defect_shares.total * counts[0]
             counts += np.array([-made, made])
@@ -248,9 +250,3 @@ class ImageRows:
                 image = corrupt(image, self._corruption, row)
             examples.append(Example(image, self._task._stored.targets[row], readable, self._trains))
         return examples
-
-
-def _is_one_class(config: Config, counts: np.ndarray) -> bool:
-    if config.task.mode == "one_class":
-        return True
-    return config.task.mode == "auto" and config.data.target == "defective" and not counts[DEFECTIVE]

@@ -35,6 +35,8 @@ from recipes.defect_detection.sampling import (
 )
 from recipes.defect_detection.stored import Damaged, StoredImages
 
+# Keeps the random numbers of a blend apart from those of a defect with the same seed.
+_BLEND = 1
 # Which defects good parts get in one-class mode, unless `augment` says so itself.
 _ONE_CLASS = DefectShares(scratches=0.25, patches=0.25)
 
@@ -106,7 +108,7 @@ class DefectTask:
         return CORRUPTIONS if self.config.task.corruptions else ()
 
     def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
-        examples = [self._with_defect(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)]
+        examples = [self._changed(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)]
         batch = {
             "image": torch.from_numpy(np.stack([example.image for example in examples])),
             "target": torch.from_numpy(np.stack([example.target for example in examples])),
@@ -192,9 +194,14 @@ class DefectTask:
         return int(np.prod(self.facts["size"]))
 
     @functools.cached_property
-    def _good_rows(self) -> np.ndarray:
+    def _train_rows(self) -> np.ndarray:
+        """Those that the model learns from."""
         rows = self._stored.rows("train")
-        return rows[self._stored.labels[rows] == self.header.good]
+        return rows[self._stored.labels[rows] == self.header.good] if self.is_one_class else rows
+
+    @functools.cached_property
+    def _good_rows(self) -> np.ndarray:
+        return self._train_rows[self._stored.labels[self._train_rows] == self.header.good]
 
     @functools.cached_property
     def _masked_rows(self) -> np.ndarray:
@@ -209,10 +216,28 @@ class DefectTask:
             counts += np.array([-made, made])
         return counts / max(counts.sum(), 1)
 
-    def _with_defect(self, example: Example, seed: int) -> Example:
-        """In training a good part may get a defect, and is then a defective one."""
-        if not (example.trains and self._defect_shares.total and self.header.is_binary and example.target[0] == 1):
+    def _changed(self, example: Example, seed: int) -> Example:
+        """A training image with what its seed draws: a defect, and then a blend with another image."""
+        if not example.trains:
             return example
+        if self._defect_shares.total and self.header.is_binary and example.target[0] == 1:
+            example = self._with_defect(example, seed)
+        return self._blended(example, seed) if self.config.augment.mixup else example
+
+    def _blended(self, example: Example, seed: int) -> Example:
+        """With another training image, which the seed alone picks (Zhang et al. 2018, "mixup"): the same on any rank."""
+        generator = np.random.default_rng([seed, _BLEND])
+        share = generator.beta(self.config.augment.mixup, self.config.augment.mixup)
+        row = int(self._train_rows[generator.integers(len(self._train_rows))])
+        other, readable = self.read(row)
+        if not readable:
+            return example
+        image = share * example.image.astype(np.float32) + (1 - share) * other
+        target = share * example.target + (1 - share) * self._stored.targets[row]
+        return example._replace(image=np.rint(image).astype(np.uint8), target=target.astype(np.float32))
+
+    def _with_defect(self, example: Example, seed: int) -> Example:
+        """A good part may get a defect, and is then a defective one."""
 
         def defect(drawn: float) -> tuple[np.ndarray, np.ndarray]:
             row = int(self._masked_rows[int(drawn * len(self._masked_rows))])
@@ -235,7 +260,7 @@ class ImageRows:
     def __init__(self, task: DefectTask, split: str) -> None:
         name, _, self._corruption = split.partition("/")
         self._task, self._trains = task, name == "train"
-        self._rows = self.ids = task._good_rows if self._trains and task.is_one_class else task._stored.rows(name)
+        self._rows = self.ids = task._train_rows if self._trains else task._stored.rows(name)
         if self._trains:
             share = task.config.task.balanced_share
             self._rows, self.ids = repeated_rows(self._rows, task._stored.labels[self._rows], share)

@@ -225,7 +225,7 @@ class DefectTask:
         return self._blended(example, seed) if self.config.augment.mixup else example
 
     def _blended(self, example: Example, seed: int) -> Example:
-        """With another training image, which the seed alone picks (Zhang et al. 2018, "mixup"): the same on any rank."""
+        """With another training image, which the seed alone picks (Zhang et al. 2018, "mixup")."""
         generator = np.random.default_rng([seed, _BLEND])
         share = generator.beta(self.config.augment.mixup, self.config.augment.mixup)
         row = int(self._train_rows[generator.integers(len(self._train_rows))])

@@ -69,7 +69,9 @@ def test_colour_is_kept_or_made_grey_and_only_real_colour_is_noted() -> None:
 
 def test_palettes_and_bits_are_pixels() -> None:
     few = VALUES // 64 * 64
-    assert (_read(_saved(Image.fromarray(few).convert("P")))[0][0] == few).all()
+    read, notes = _read(_saved(Image.fromarray(few).convert("P")))
+    assert (read[0] == few).all()
+    assert notes == []
     bits = Image.fromarray(VALUES > 128)
     assert (_read(_saved(bits))[0][0] == (VALUES > 128) * 255).all()
 
@@ -219,7 +221,7 @@ def test_whatever_is_not_black_is_marked() -> None:
         Image.fromarray(mask.astype(np.uint8) * 255),
         Image.fromarray(mask.astype(np.uint16) * 300),
         Image.fromarray(np.dstack([mask * np.uint8(200), mask * np.uint8(0), mask * np.uint8(0)])),
-        Image.fromarray(np.dstack([mask * np.uint8(255)] * 4), "RGBA"),
+        Image.fromarray(np.dstack([np.full((24, 24, 3), 90, dtype=np.uint8), mask * np.uint8(255)]), "RGBA"),
     ):
         assert (decode_mask(_saved(image)) == mask).all(), image.mode
     noisy = decode_mask(_saved(Image.fromarray(mask.astype(np.uint8) * 255), "JPEG", quality=90))

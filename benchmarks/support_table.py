@@ -64,8 +64,8 @@ def main(arguments: list[str]) -> int:
 
 def _read(file: Path) -> dict[str, bool]:
     """Whether each test passed, by name."""
-    own = TESTS.removesuffix(".py").replace("/", ".")
-    cases = [case for case in ElementTree.parse(file).getroot().iter("testcase") if case.get("classname") == own]
+    own = [test.removesuffix(".py").replace("/", ".") for test in TESTS]
+    cases = [case for case in ElementTree.parse(file).getroot().iter("testcase") if case.get("classname") in own]
     return {
         case.get("name", ""): not any(child.tag in ("failure", "error", "skipped") for child in case) for case in cases
     }

@@ -74,7 +74,8 @@ class TrainConfig(Section):
     stop_after_steps: Positive | None = None
     """Stop early at this step with the schedule of the full length unchanged (staged runs); null trains to the end."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Decay per step of an exponential moving average of the weights, used for evaluation; null turns it off."""
+    """Decay per step of an exponential moving average of the weights, used for evaluation; lower in the first steps,
+    so that short trainings have one too. null turns it off."""
     activation_checkpointing: Flag = False
     """Keep only the inputs of each block and compute the rest again in the backward pass: less memory, more time."""
     compile: Flag = False
@@ -228,6 +229,8 @@ class RunConfig(Section):
     """Seed of weights, sample order, augmentation and dropout."""
     output_dir: Path = path_field(Path("runs"))
     """Folder that holds the run directories."""
+    ladder: list[str] | None = None
+    """Rungs that `dist-train ablate` compares, each `NAME: key=value key=value` on top of those before; null: none."""
     data: CachedData = CachedData()
     """Where the data comes from and how it is split (the recipe's own keys)."""
     model: Section = Section()

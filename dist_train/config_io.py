@@ -43,6 +43,8 @@ RESUMABLE = (
     "data.stage_to",
     "data.offline",
 )
+# Nor do these, which belong to no attempt.
+_NO_PART = ("name", "output_dir", "ladder")
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -145,7 +147,7 @@ def result_fingerprint(config: RunConfig) -> str:
         name: Path(value).name if name == "recipe" else value
         for name, value in flatten(config).items()
         # A key that a later version adds, off by default, changes nothing.
-        if value is not None and value is not False and name not in ("name", "output_dir") and not _is_resumable(name)
+        if value is not None and value is not False and name not in _NO_PART and not _is_resumable(name)
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -236,7 +236,7 @@ def _launch(training: Training, schedule: Schedule, data: StepData, wants_save: 
     wishes = torch.cat([loss_sum[None], torch.tensor(said, dtype=torch.float64).to(engine.device, non_blocking=True)])
     outcome = engine.step(wishes)
     if training.ema is not None and config.train.ema_decay is not None:
-        _update_ema(training, config.train.ema_decay)
+        _update_ema(training, average_decay(state.step, config.train.ema_decay))
     state.step += 1
     training.heartbeat.step = state.step
     state.samples = schedule.samples_before(state.step)
@@ -370,6 +370,12 @@ def _swap(training: Training) -> None:
             held = entry.flat.clone()
             entry.flat.copy_(training.ema[entry.name])
             training.ema[entry.name].copy_(held)
+
+
+def average_decay(step: int, decay: float) -> float:
+    """The decay of the moving average in step `step` (from 0): at first lower, so that a short training's average is
+    not the weights that it began with."""
+    return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()

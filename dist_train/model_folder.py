@@ -41,6 +41,11 @@ def write_model(folder: Path, task: Any, model: nn.Module) -> None:
     if hasattr(task, "save_model"):
         task.save_model(model, folder)
         return
+    write_state(folder, model)
+
+
+def write_state(folder: Path, model: nn.Module) -> None:
+    """The model's state by name."""
     # Copies: safetensors refuses weights that share memory, as tied ones do.
     save_file(
         {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}, folder / _WEIGHTS

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.engine import Engine, StepOutcome
@@ -70,18 +70,25 @@ def _in_one_row(tensors: dict[str, Tensor]) -> np.ndarray:
     return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)]).numpy()
 
 
+def has_batch_statistics(module: nn.Module) -> str | None:
+    """The first BatchNorm layer that takes its statistics from the batch in training; None where there is none, or all
+    are kept in evaluation mode."""
+    found = (name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm) and layer.training)
+    return next(found, None)
+
+
 def find_obstacles(training: Training) -> list[str]:
     """Why two ways of training this model cannot be equal, in words."""
     engine, found = training.engine, []
-    normed = [name for name, module in engine.module.named_modules() if isinstance(module, _BatchNorm)]
-    if normed:
+    engine.module.train()
+    normed = has_batch_statistics(engine.module)
+    if normed is not None:
         found.append(
-            f"BatchNorm ({normed[0]}{' and others' * (len(normed) > 1)}): its statistics are those of each rank's "
-            "micro-batch; GroupNorm or LayerNorm have none"
+            f"BatchNorm ({normed}): its statistics are those of each rank's micro-batch; GroupNorm or LayerNorm have "
+            "none"
         )
     rows = training.task.rows("train")
     batch = engine.to_device(make_step(training, rows, schedule_of(training, rows), 0).batches[0])
-    engine.module.train()
     losses = []
     with torch.no_grad(), engine.buffers_kept():
         for seed in (0, 1):

@@ -80,6 +80,14 @@ def _unprepared(config: Any, recipe: Any) -> Path:
     return folder
 
 
+def epoch_rows(config: Any, recipe: Any, facts: dict[str, Any]) -> int:
+    """How many rows an epoch shows: those of the training split, unless the recipe's `epoch_rows(config, facts)` says
+    otherwise, because it repeats some of them or leaves some out."""
+    if hasattr(recipe.data, "epoch_rows"):
+        return int(recipe.data.epoch_rows(config, facts))
+    return int(facts["splits"]["train"]["rows"])
+
+
 def _fingerprint(folder: Path) -> str:
     """Of the content of all files below the folder."""
     return hashlib.sha256(json.dumps(_content(folder), sort_keys=True).encode()).hexdigest()

@@ -15,15 +15,13 @@ from dist_train.config import RunConfig
 from dist_train.errors import ConfigError, DataError
 from dist_train.events import read_lines
 from dist_train.init_from import started_from
-from dist_train.metrics import bootstrap_weights, interval
+from dist_train.metrics import interval
 from dist_train.plan import LaunchPlan
 from dist_train.recipe import load_recipe
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from dist_train.score import Score, by_group, is_of_group
 
 SPLITS = ("validation", "test")
-# Apart from the run's seed: the same predictions have the same intervals, whoever trained them.
-_BOOTSTRAP_SEED = 20_240_229
 _TEMPLATES = Path(__file__).parent / "templates"
 
 Interval = dict[str, float | None]
@@ -65,7 +63,8 @@ def build_report(
         "latency": read_json(run.latency) if run.latency.is_file() else None,
         "verdicts": _verdicts(measured["test"], score),
         "remarks": score.remarks(measured["test"]["metrics"]["model"]),
-        "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of rows; differences are paired",
+        "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of {score.sampled}; "
+        "differences are paired",
         "data": facts,
         "started_from": started_from(run),
         "training": _training(run, lines),
@@ -153,7 +152,7 @@ def measure_models(models: Mapping[str, pa.Table], score: Score, samples: int) -
     rows = models["model"].num_rows
     points = {name: values(np.ones(rows)) for name, values in measures.items()}
     drawn: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in points[name]} for name in models}
-    for weights in bootstrap_weights(rows, samples, _BOOTSTRAP_SEED):
+    for weights in score.draws(models["model"], samples):
         for name, values in measures.items():
             for metric, value in values(weights).items():
                 drawn[name][metric].append(value)
@@ -173,6 +172,7 @@ def measure_models(models: Mapping[str, pa.Table], score: Score, samples: int) -
                     points["model"][metric] - points[name][metric], arrays["model"][metric] - arrays[name][metric]
                 )
                 for metric in score.compared
+                if metric in points["model"]
             }
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from dist_train.errors import ConfigError
+from dist_train.metrics import bootstrap_weights
 
+# Apart from the run's seed: the same predictions have the same intervals, whoever trained them.
+_BOOTSTRAP_SEED = 20_240_229
 Values = Callable[[np.ndarray], dict[str, float]]
 """Every metric by name, row i counted weights[i] times. GROUP/NAME/METRIC is a metric of a part of the rows (a class, a
 cohort); its METRIC `rows` is how many they are. A bootstrap sample is such weights, and so every metric has an
@@ -30,6 +33,9 @@ class Score:
     """[METRICS] Those that eval.metric may name, and the first ones that a report shows."""
     lower_is_better: frozenset[str] = frozenset()
     """[LOWER_IS_BETTER] Which of them, errors and losses, are better when lower."""
+    unit: str | None = None
+    """[UNIT] The column of predictions that names what was sampled, for example a part or a user: intervals are over
+    these; else over rows."""
     loss: str | None = None
     """[LOSS] The one that the training minimises, drawn beside the training loss."""
     headline: tuple[str, ...] = ()
@@ -62,6 +68,21 @@ class Score:
         """Every metric with each row counted once."""
         return self.values(table)(np.ones(table.num_rows))
 
+    def draws(self, table: pa.Table, samples: int) -> Iterator[np.ndarray]:
+        """Row weights [rows] of bootstrap samples, of whole units where the recipe names what they are; the same for
+        every table of the same rows."""
+        if self.unit not in table.column_names:
+            yield from bootstrap_weights(table.num_rows, samples, _BOOTSTRAP_SEED)
+            return
+        units, unit_of = np.unique(np.array(table[self.unit].to_pylist()), return_inverse=True)
+        for drawn in bootstrap_weights(len(units), samples, _BOOTSTRAP_SEED):
+            yield drawn[unit_of]
+
+    @property
+    def sampled(self) -> str:
+        """What a bootstrap sample draws, in the plural."""
+        return f"{self.unit or 'row'}s"
+
     def sign(self, metric: str) -> float:
         """1 where higher is better, else -1."""
         return -1.0 if metric in self.lower_is_better else 1.0
@@ -87,6 +108,7 @@ def read_score(module: Any, where: str) -> Score:
         module.measure,
         metrics,
         frozenset(getattr(module, "LOWER_IS_BETTER", ())),
+        getattr(module, "UNIT", None),
         getattr(module, "LOSS", None),
         tuple(getattr(module, "HEADLINE", metrics)),
         tuple(getattr(module, "COMPARED", (metric,))),

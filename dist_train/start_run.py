@@ -137,10 +137,11 @@ def known_run(
 def planned_run(directory: RunDir) -> Start:
     """A run as it is, to be looked at or evaluated again. The caller holds the directory."""
     config = config_io.load_run_config(directory)
-    facts = kept_data(directory, config, load_recipe(config.recipe))
+    recipe = load_recipe(config.recipe)
+    facts = kept_data(directory, config, recipe)
     # Not judged by memory: evaluation needs the weights alone.
     hardware = detect_hardware()
-    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"])
+    plan = make_plan(config, hardware, prepared.epoch_rows(config, recipe, facts))
     settings = Settings(config_io.flatten(config), config_io.recorded_sources(directory))
     return Start(directory, config, plan, hardware, settings)
 
@@ -347,14 +348,15 @@ def _planned(
     """On a GPU the plan judges memory, with a model that is measured where it has not been; on a CPU, where it has."""
     hardware = detect_hardware()
     device = "cuda" if hardware.gpus else "cpu"
-    known = model_facts(config, load_recipe(config.recipe), facts, device, measure if hardware.gpus else None)
+    recipe = load_recipe(config.recipe)
+    known = model_facts(config, recipe, facts, device, measure if hardware.gpus else None)
     try:
         if known is not None:
             known.profile(config.train.activation_checkpointing)
     except UnmeasuredError as error:
         print(f"note           the plan does not judge memory: {error}", flush=True)
         known = None
-    plan = make_plan(config, hardware, facts["splits"]["train"]["rows"], world_size, known)
+    plan = make_plan(config, hardware, prepared.epoch_rows(config, recipe, facts), world_size, known)
     return Start(directory, config, plan, hardware, Settings(config_io.flatten(config), sources))
 
 

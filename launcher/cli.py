@@ -201,6 +201,25 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
     print_summary(*start.evaluate(run_dir, checkpoint))
 
 
+@cli.command(short_help="What each component of a recipe adds.")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
+@click.option(
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each rung: seeds 0, 1, ..."
+)
+@click.option("--only", type=int, metavar="INDEX", help="Run this one of the study alone, as in a Slurm array.")
+@click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none.")
+@click.option("--background", "is_background", is_flag=True, help="Go on without this terminal.")
+def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
+    """Train every rung of the recipe's `ladder` over several seeds, and print what each adds, with paired intervals.
+
+    The same command goes on with a study that was broken off: finished runs are kept.
+    """
+    from launcher.ablate import ablate as run_study
+
+    sys.exit(run_study(recipe, list(settings), **options))
+
+
 @cli.command(short_help="How long one row takes.")
 @click.argument("path", metavar="RUN", shell_complete=complete.runs)
 @click.argument("source", metavar="FILE")

@@ -237,6 +237,23 @@ def _stopped(message: str) -> ToolkitError:
     return error
 
 
+def start_detached(command: list[str], log: Path) -> int:
+    """Start a command of our own that outlives this one and its terminal; what it says goes to the end of `log`.
+    Returns its process id."""
+    with open(log, "ab") as stream:
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            # A shell's background job ignores Ctrl-C, and what it starts inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    return child.pid
+
+
 def run_together(commands: list[list[str]], environment: dict[str, str]) -> None:
     """Run commands of our own beside each other to their ends. When one fails the others are ended, and its cause is
     raised: the last block that it wrote to standard error."""

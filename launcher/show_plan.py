@@ -17,6 +17,7 @@ from dist_train.fit import gib
 from dist_train.hardware import Gpu, Hardware, detect_hardware
 from dist_train.memory_facts import model_facts
 from dist_train.plan import LaunchPlan, make_plan
+from dist_train.prepared import epoch_rows
 from dist_train.recipe import load_recipe
 from dist_train.start_run import check_metric, pinned, prepare_data, print_plan
 from launcher.measure import measure_profile
@@ -41,7 +42,7 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     data = prepare_data(config, recipe, loaded.sources)
     device = "cuda" if hardware.gpus else "cpu"
     facts = model_facts(config, recipe, data, device, measure_profile)
-    plan = make_plan(config, hardware, data["splits"]["train"]["rows"], facts=facts)
+    plan = make_plan(config, hardware, epoch_rows(config, recipe, data), facts=facts)
     if gpu_memory is None:
         check_gpus(plan, hardware)
     _print_memory(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class TinyTask:
     """Where the training rows that are taken are written down."""
     model: str | None = None
     """A model of tests.models; None is TinyModel."""
+    collate_s: float = 0.0
+    """How long it takes to collate a micro-batch."""
 
     def build_model(self) -> nn.Module:
         return TinyModel(self.dropout) if self.model is None else MODELS[self.model]()
@@ -99,6 +102,7 @@ class TinyTask:
         return TinyRows(split, 31)
 
     def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
+        time.sleep(self.collate_s)
         longest = max(len(row[0]) for row in rows)
         tokens = np.zeros((len(rows), longest), dtype=np.int64)
         for index, row in enumerate(rows):

@@ -175,3 +175,10 @@ def _evaluate(path: Path, world_size: int, count: int) -> tuple[np.ndarray, np.n
     with torch.no_grad():
         alone = [module(training.task.collate([row], row_seeds(0, 0, rows.ids))) for row in rows.take(np.arange(count))]
     return together, np.concatenate([outputs["probability"].numpy() for outputs in alone])
+
+
+def test_the_time_that_a_step_waits_for_its_batch_is_told(alone: Path, tmp_path: Path) -> None:
+    run_ranks(1, train_tiny, tmp_path, 1, TinyTask(collate_s=0.05), 1)
+    fast, slow = (curve(path, "input_wait_share") for path in (alone, tmp_path))
+    assert np.median(slow[1:]) > 0.6
+    assert 0 <= np.median(fast[1:]) < 0.4

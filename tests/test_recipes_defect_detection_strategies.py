@@ -1,4 +1,4 @@
-"""Defect detection trains alike under every strategy, with all that its augmentation draws, and goes on under another."""
+"""Defect detection trains alike under every strategy, augmentation and all, and goes on under another one."""
 
 from __future__ import annotations
 

@@ -182,6 +182,8 @@ class AugmentConfig(Section):
     """Gaussian blur of up to this standard deviation; 0: off."""
     noise: NonNegative = 0.0
     """Gaussian noise of up to this standard deviation, as a share of the full range; 0: off."""
+    mixup: NonNegative = 0.0
+    """Blend each training image and its target with another one, by a share drawn from Beta(mixup, mixup); 0: off."""
     scratches: Share = 0.0
     """Share of good training images that get a drawn scratch and count as defective; 0: off."""
     paste: Share = 0.0

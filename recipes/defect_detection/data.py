@@ -22,6 +22,7 @@ from recipes.defect_detection import cache, images
 from recipes.defect_detection.config import Config, DataConfig
 from recipes.defect_detection.labels import Labels, choose_labels
 from recipes.defect_detection.listing import NO_SPLIT, SPLITS, TRAIN, Row, counted
+from recipes.defect_detection.sampling import class_counts, wanted_counts
 from recipes.defect_detection.sources import describe_listing, find_listing
 from recipes.defect_detection.split import crossing, group_images, split_images
 
@@ -114,6 +115,13 @@ def lengths(folder: Path | str) -> Any:
     """Pixels of each training image, as a numpy array: all alike."""
     facts = load_facts(folder)
     return np.full(facts["splits"]["train"]["rows"], int(np.prod(facts["size"])), dtype=np.int64)
+
+
+def epoch_rows(config: Config, facts: dict[str, Any]) -> int:
+    """Images of one epoch: those of rarer classes come again under task.balanced_share, and one-class mode leaves the
+    defective ones out."""
+    counts = class_counts(config, facts)
+    return int(wanted_counts(counts, config.task.balanced_share).sum())
 
 
 def check_mode(config: Config, facts: dict[str, Any]) -> None:

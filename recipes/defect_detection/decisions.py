@@ -124,7 +124,7 @@ def _thresholds(score: np.ndarray, defective: np.ndarray, task: TaskConfig) -> d
 
     def f1(drawn: np.ndarray) -> np.ndarray:
         hits, flagged = _from_cut(drawn * is_defective), _from_cut(drawn)
-        return 2 * hits / (flagged + hits[0])
+        return 2 * hits / np.maximum(flagged + hits[0], 1)
 
     # The cost of all parts is that of reviewing them, and what accepting and rejecting some adds to it or saves.
     accept_below = _best_threshold(ranked, lambda drawn: -_below_cut(drawn * (escape - review)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import ConfigError, DataError
-from dist_train.pretrained import pretrained_folder
+from dist_train.pretrained import check_folder, pretrained_folder
 from recipes.defect_detection.config import Config
 
 CONFIG_FILE = "backbone.json"
@@ -51,6 +51,7 @@ def build_pretrained(config: Config, prepared: Path, facts: dict[str, Any]) -> P
         values = json.loads(described.read_text(encoding="utf-8"))
         return PretrainedBackbone(AutoModel.from_config(AutoConfig.for_model(**values), trust_remote_code=False))
     folder = pretrained_folder(config, prepared, facts)
+    check_folder(folder)
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         height, width = config.data.height_width
@@ -64,9 +65,18 @@ def build_pretrained(config: Config, prepared: Path, facts: dict[str, Any]) -> P
             folder, config=settings, trust_remote_code=False, use_safetensors=True, local_files_only=True,
             dtype=torch.float32,
         )  # fmt: skip
+        return PretrainedBackbone(model)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"model.pretrained is {config.model.pretrained}, which cannot be read: {error}") from error
-    return PretrainedBackbone(model)
+    except ImportError as error:
+        raise ConfigError(
+            f"model.pretrained is {config.model.pretrained}, which needs a package that cannot be imported: {error}"
+        ) from error
+    except AttributeError as error:
+        raise DataError(
+            f"model.pretrained is {config.model.pretrained}, which is no model for images that has feature maps or "
+            f"patches: {error}"
+        ) from error
 
 
 def save_config(backbone: PretrainedBackbone, folder: Path) -> None:
@@ -75,7 +85,11 @@ def save_config(backbone: PretrainedBackbone, folder: Path) -> None:
 
 
 def _shape_of(model: Any) -> tuple[int, int]:
-    """Channels of the last feature map, and how many pixels one of its places is wide."""
+    """Channels of the last feature map, and how many pixels one of its places is wide. AttributeError for a model that
+    is not for images."""
+    wrapped = getattr(model, "timm_model", None)
+    if wrapped is not None:
+        return int(wrapped.num_features), int(wrapped.feature_info[-1]["reduction"])
     config = model.config
     sizes = getattr(config, "hidden_sizes", None) or [config.hidden_size]
     if hasattr(config, "depths"):

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dist_train.data import mix64
+from recipes.defect_detection.config import Config
+from recipes.defect_detection.predictions import BINARY, DEFECTIVE
 
 # A repeated image's id: far above any row number, so that each repetition is augmented in its own way.
 _REPETITION = 1 << 40
+
+
+def is_one_class(config: Config, facts: dict[str, Any]) -> bool:
+    """Whether the model learns from good parts alone. facts: of the prepared data."""
+    if config.task.mode == "one_class":
+        return True
+    counts = facts["splits"]["train"]["labels"]
+    return config.task.mode == "auto" and facts["labels"] == BINARY and not counts.get(BINARY[DEFECTIVE], 0)
+
+
+def class_counts(config: Config, facts: dict[str, Any]) -> np.ndarray:
+    """Training images of each label that the model learns from [labels]."""
+    counts = np.array([facts["splits"]["train"]["labels"].get(name, 0) for name in facts["labels"]])
+    if is_one_class(config, facts):
+        counts[DEFECTIVE] = 0
+    return counts
+
+
+def wanted_counts(counts: np.ndarray, balanced_share: float | None) -> np.ndarray:
+    """How many images of each class an epoch shows [labels]."""
+    if balanced_share is None:
+        return counts
+    return np.where(counts > 0, np.maximum(counts, int(np.ceil(balanced_share * counts.max()))), 0)
 
 
 def repeated_rows(rows: np.ndarray, labels: np.ndarray, balanced_share: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -17,16 +44,14 @@ def repeated_rows(rows: np.ndarray, labels: np.ndarray, balanced_share: float | 
     rows, labels: [n]. What does not come out even is repeated for those rows that a hash of their number picks.
     """
     chosen, ids = [rows], [rows]
-    if balanced_share is not None:
-        counts = np.bincount(labels)
-        for label in np.flatnonzero(counts):
-            own = rows[labels == label]
-            lacking = int(np.ceil(balanced_share * counts.max())) - len(own)
-            shuffled = own[np.argsort(mix64(own.astype(np.uint64)), kind="stable")]
-            for repetition, start in enumerate(range(0, lacking, len(own)), start=1):
-                again = np.sort(shuffled[: lacking - start])
-                chosen.append(again)
-                ids.append(again + repetition * _REPETITION)
+    counts = np.bincount(labels)
+    for label, wanted in enumerate(wanted_counts(counts, balanced_share).tolist()):
+        own = rows[labels == label]
+        shuffled = own[np.argsort(mix64(own.astype(np.uint64)), kind="stable")]
+        for repetition, there in enumerate(range(len(own), wanted, max(len(own), 1)), start=1):
+            again = np.sort(shuffled[: wanted - there])
+            chosen.append(again)
+            ids.append(again + repetition * _REPETITION)
     return np.concatenate(chosen), np.concatenate(ids)
 
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from dist_train.errors import DataError
+from dist_train.model_folder import write_state
 from dist_train.prepared import load_facts
 from dist_train.task import Batch, ListedRows
 from recipes.defect_detection import augment, decisions, losses
@@ -22,10 +24,19 @@ from recipes.defect_detection.images import Frame, read_frame
 from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles
 from recipes.defect_detection.networks import build_backbone
 from recipes.defect_detection.predictions import DEFECTIVE, make_table, read_header
-from recipes.defect_detection.pretrained import build_pretrained
-from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
+from recipes.defect_detection.pretrained import PretrainedBackbone, build_pretrained, save_config
+from recipes.defect_detection.sampling import (
+    class_counts,
+    is_one_class,
+    logit_adjustment,
+    prior_correction,
+    repeated_rows,
+    wanted_counts,
+)
 from recipes.defect_detection.stored import Damaged, StoredImages
 
+# Keeps the random numbers of a blend apart from those of a defect with the same seed.
+_BLEND = 1
 # Which defects good parts get in one-class mode, unless `augment` says so itself.
 _ONE_CLASS = DefectShares(scratches=0.25, patches=0.25)
 
@@ -54,12 +65,9 @@ class DefectTask:
         self.prepared = prepared
         self.facts = load_facts(prepared)
         self.labels: list[str] = self.facts["labels"]
-        counts = self.facts["splits"]["train"]["labels"]
-        self._counts = np.array([counts.get(name, 0) for name in self.labels], dtype=np.float64)
-        self.is_one_class = _is_one_class(config, self._counts)
+        self._counts = class_counts(config, self.facts).astype(np.float64)
+        self.is_one_class = is_one_class(config, self.facts)
         self.header = read_header(self.facts, self.is_one_class)
-        if self.is_one_class:
-            self._counts[DEFECTIVE] = 0
         asked = DefectShares(config.augment.scratches, config.augment.paste)
         self._defect_shares = _ONE_CLASS if self.is_one_class and not asked.total else asked
         self._damaged: set[int] = set()
@@ -100,7 +108,7 @@ class DefectTask:
         return CORRUPTIONS if self.config.task.corruptions else ()
 
     def collate(self, rows: list[Any], seeds: np.ndarray) -> Batch:
-        examples = [self._with_defect(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)]
+        examples = [self._changed(row, int(seed)) for row, seed in zip(rows, seeds, strict=True)]
         batch = {
             "image": torch.from_numpy(np.stack([example.image for example in examples])),
             "target": torch.from_numpy(np.stack([example.target for example in examples])),
@@ -133,7 +141,7 @@ class DefectTask:
         examples = []
         for record in records:
             name = next((key for key in ("image", "path", self.config.data.file_column) if key in record), "path")
-            frame: Frame = read_frame(record[name], self.config.data)
+            frame: Frame = read_frame(record[name], self.config.data, self.facts["bits"])
             examples.append(Example(frame.image, target, place=frame.place))
         return ListedRows(examples, np.full(len(examples), self._pixels))
 
@@ -153,6 +161,13 @@ class DefectTask:
         else:
             columns |= {f"probability/{name}": pa.array(probability[:, i]) for i, name in enumerate(self.labels)}
         return pa.table(columns)
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """The state, and of a pretrained backbone the config that it is built from."""
+        assert isinstance(model, DefectClassifier)
+        write_state(folder, model)
+        if isinstance(model.network.backbone, PretrainedBackbone):
+            save_config(model.network.backbone, folder)
 
     def read(self, row: int) -> tuple[np.ndarray, bool]:
         """A stored image, and whether it is what was stored. One that is not counts nothing in training, on whichever
@@ -179,9 +194,14 @@ class DefectTask:
         return int(np.prod(self.facts["size"]))
 
     @functools.cached_property
-    def _good_rows(self) -> np.ndarray:
+    def _train_rows(self) -> np.ndarray:
+        """Those that the model learns from."""
         rows = self._stored.rows("train")
-        return rows[self._stored.labels[rows] == self.header.good]
+        return rows[self._stored.labels[rows] == self.header.good] if self.is_one_class else rows
+
+    @functools.cached_property
+    def _good_rows(self) -> np.ndarray:
+        return self._train_rows[self._stored.labels[self._train_rows] == self.header.good]
 
     @functools.cached_property
     def _masked_rows(self) -> np.ndarray:
@@ -190,18 +210,34 @@ class DefectTask:
 
     def _sampled_shares(self) -> np.ndarray:
         """Of each class, in the images as the model sees them in training."""
-        counts = self._counts.copy()
-        if self.config.task.balanced_share is not None:
-            counts = np.where(counts > 0, np.maximum(counts, self.config.task.balanced_share * counts.max()), 0)
+        counts = wanted_counts(self._counts, self.config.task.balanced_share).astype(np.float64)
         if self.header.is_binary:
             made = self._defect_shares.total * counts[0]
             counts += np.array([-made, made])
         return counts / max(counts.sum(), 1)
 
-    def _with_defect(self, example: Example, seed: int) -> Example:
-        """In training a good part may get a defect, and is then a defective one."""
-        if not (example.trains and self._defect_shares.total and self.header.is_binary and example.target[0] == 1):
+    def _changed(self, example: Example, seed: int) -> Example:
+        """A training image with what its seed draws: a defect, and then a blend with another image."""
+        if not example.trains:
             return example
+        if self._defect_shares.total and self.header.is_binary and example.target[0] == 1:
+            example = self._with_defect(example, seed)
+        return self._blended(example, seed) if self.config.augment.mixup else example
+
+    def _blended(self, example: Example, seed: int) -> Example:
+        """With another training image, which the seed alone picks (Zhang et al. 2018, "mixup")."""
+        generator = np.random.default_rng([seed, _BLEND])
+        share = generator.beta(self.config.augment.mixup, self.config.augment.mixup)
+        row = int(self._train_rows[generator.integers(len(self._train_rows))])
+        other, readable = self.read(row)
+        if not readable:
+            return example
+        image = share * example.image.astype(np.float32) + (1 - share) * other
+        target = share * example.target + (1 - share) * self._stored.targets[row]
+        return example._replace(image=np.rint(image).astype(np.uint8), target=target.astype(np.float32))
+
+    def _with_defect(self, example: Example, seed: int) -> Example:
+        """A good part may get a defect, and is then a defective one."""
 
         def defect(drawn: float) -> tuple[np.ndarray, np.ndarray]:
             row = int(self._masked_rows[int(drawn * len(self._masked_rows))])
@@ -224,7 +260,7 @@ class ImageRows:
     def __init__(self, task: DefectTask, split: str) -> None:
         name, _, self._corruption = split.partition("/")
         self._task, self._trains = task, name == "train"
-        self._rows = self.ids = task._good_rows if self._trains and task.is_one_class else task._stored.rows(name)
+        self._rows = self.ids = task._train_rows if self._trains else task._stored.rows(name)
         if self._trains:
             share = task.config.task.balanced_share
             self._rows, self.ids = repeated_rows(self._rows, task._stored.labels[self._rows], share)
@@ -239,9 +275,3 @@ class ImageRows:
                 image = corrupt(image, self._corruption, row)
             examples.append(Example(image, self._task._stored.targets[row], readable, self._trains))
         return examples
-
-
-def _is_one_class(config: Config, counts: np.ndarray) -> bool:
-    if config.task.mode == "one_class":
-        return True
-    return config.task.mode == "auto" and config.data.target == "defective" and counts[DEFECTIVE] == 0

@@ -1,7 +1,6 @@
-"""What may happen to a camera's picture: corruptions of stated severity, to see how far answers hold. Torch-free.
+"""What cameras and lamps do to images in a factory, in three strengths, to test how far a model can be relied on.
 
-After Hendrycks and Dietterich (2019), "Benchmarking Neural Network Robustness to Common Corruptions", with severities
-for fine defects.
+After the common corruptions of Hendrycks and Dietterich (2019), with those that a fixed camera can meet.
 """
 
 from __future__ import annotations
@@ -11,67 +10,71 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
-
-_LEVELS: dict[str, tuple[float, ...]] = {
-    "blur": (0.6, 1.0, 1.6),  # standard deviation in pixels
-    "defocus": (1.0, 1.6, 2.4),  # radius in pixels
-    "noise": (0.02, 0.05, 0.1),  # standard deviation, as a share of the full range
-    "dark": (0.85, 0.7, 0.5),  # factor
-    "bright": (1.1, 1.25, 1.5),
-    "contrast": (0.8, 0.6, 0.4),  # factor on the distance from the mean
-    "jpeg": (60, 30, 12),  # quality
-}
-CORRUPTIONS = tuple(f"{name}-{level + 1}" for name, levels in _LEVELS.items() for level in range(len(levels)))
+from scipy import ndimage, signal
 
 
 def corrupt(image: np.ndarray, name: str, seed: int) -> np.ndarray:
-    """The image, uint8 [channels, height, width], under one of CORRUPTIONS; the noise is a function of the seed."""
-    kind, _, level = name.partition("-")
-    strength = _LEVELS[kind][int(level) - 1]
-    if kind == "jpeg":
-        return _jpeg(image, int(strength))
-    return np.clip(np.rint(_CHANGES[kind](image.astype(np.float32), strength, seed)), 0, 255).astype(np.uint8)
+    """The image under corruption `name` of CORRUPTIONS: uint8 [channels, height, width], a new array.
+
+    seed: of the noise; the other corruptions need none.
+    """
+    kind, severity = name.rsplit("-", 1)
+    apply, strengths = _KINDS[kind]
+    changed = apply(image.astype(np.float32), strengths[int(severity) - 1], seed)
+    return np.clip(np.rint(changed), 0, 255).astype(np.uint8)
 
 
-def _blur(image: np.ndarray, deviation: float, seed: int) -> np.ndarray:
-    return ndimage.gaussian_filter(image, (0, deviation, deviation), mode="nearest")
+def _blur(image: np.ndarray, deviation_px: float, seed: int) -> np.ndarray:
+    return ndimage.gaussian_filter(image, (0, deviation_px, deviation_px), mode="nearest")
 
 
-def _defocus(image: np.ndarray, radius: float, seed: int) -> np.ndarray:
-    """The mean over a disc, its edge anti-aliased."""
-    reach = int(np.ceil(radius))
+def _defocus(image: np.ndarray, radius_px: float, seed: int) -> np.ndarray:
+    """Mean over a disk, as a lens out of focus gives."""
+    reach = int(np.ceil(radius_px))
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    disc = np.clip(radius + 0.5 - np.hypot(y, x), 0, 1)
-    return ndimage.convolve(image, (disc / disc.sum())[None], mode="nearest")
+    disk = np.clip(radius_px + 0.5 - np.hypot(y, x), 0.0, 1.0).astype(np.float32)
+    padded = np.pad(image, ((0, 0), (reach, reach), (reach, reach)), mode="edge")
+    return signal.oaconvolve(padded, (disk / disk.sum())[None], mode="valid", axes=(1, 2))
 
 
 def _noise(image: np.ndarray, deviation: float, seed: int) -> np.ndarray:
-    return image + 255 * deviation * np.random.default_rng(seed).standard_normal(image.shape, dtype=np.float32)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return image + np.float32(255 * deviation) * generator.standard_normal(image.shape, dtype=np.float32)
+
+
+def _dark(image: np.ndarray, factor: float, seed: int) -> np.ndarray:
+    return image * np.float32(factor)
+
+
+def _bright(image: np.ndarray, added: float, seed: int) -> np.ndarray:
+    return image + np.float32(255 * added)
 
 
 def _contrast(image: np.ndarray, factor: float, seed: int) -> np.ndarray:
-    mean = image.mean()
-    return mean + factor * (image - mean)
+    mean = image.mean(axis=(1, 2), keepdims=True)
+    return mean + (image - mean) * np.float32(factor)
 
 
-def _scaled(image: np.ndarray, factor: float, seed: int) -> np.ndarray:
-    return image * factor
+def _jpeg(image: np.ndarray, quality: float, seed: int) -> np.ndarray:
+    pixels = image.astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)).save(
+        stream, "JPEG", quality=int(quality)
+    )
+    with Image.open(stream) as read:
+        decoded = np.asarray(read)
+    return decoded[None] if decoded.ndim == 2 else np.moveaxis(decoded, -1, 0)
 
 
-_CHANGES: dict[str, Callable[[np.ndarray, float, int], np.ndarray]] = {
-    "blur": _blur,
-    "defocus": _defocus,
-    "noise": _noise,
-    "dark": _scaled,
-    "bright": _scaled,
-    "contrast": _contrast,
+# Strengths in pixels, in shares of the full range, or as the quality of JPEG.
+_KINDS: dict[str, tuple[Callable[[np.ndarray, float, int], np.ndarray], tuple[float, float, float]]] = {
+    "blur": (_blur, (0.7, 1.2, 2.0)),
+    "defocus": (_defocus, (1.0, 2.0, 3.5)),
+    "noise": (_noise, (0.03, 0.07, 0.14)),
+    "dark": (_dark, (0.75, 0.5, 0.3)),
+    "bright": (_bright, (0.1, 0.2, 0.35)),
+    "contrast": (_contrast, (0.7, 0.5, 0.3)),
+    "jpeg": (_jpeg, (50, 25, 10)),
 }
 
-
-def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    picture = Image.fromarray(image[0] if len(image) == 1 else np.moveaxis(image, 0, 2))
-    stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=quality)
-    pixels = np.asarray(Image.open(stream))
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
+CORRUPTIONS: tuple[str, ...] = tuple(f"{kind}-{severity}" for kind in _KINDS for severity in (1, 2, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
+from scipy import fft, ndimage
 
 _QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 _LEVELS = 3
@@ -39,9 +39,7 @@ def _grey_statistics(level: np.ndarray) -> np.ndarray:
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
     """The values at these ranks (np.quantile, which interpolates, takes several times as long)."""
-    flat = values.ravel()
-    ranks = [int(quantile * (flat.size - 1)) for quantile in _QUANTILES]
-    return np.partition(flat, ranks)[ranks]
+    return np.sort(values, axis=None)[[int(quantile * (values.size - 1)) for quantile in _QUANTILES]]
 
 
 def _edge_statistics(level: np.ndarray, cell_px: int) -> np.ndarray:
@@ -65,7 +63,7 @@ def _edge_statistics(level: np.ndarray, cell_px: int) -> np.ndarray:
 
 
 def _cells(fields: np.ndarray, cell_px: int) -> np.ndarray:
-    """Means over the cells of a grid: [n, rows, columns] of fields [n, height, width]; the last cells may be smaller."""
+    """Means over the cells of a grid: [n, rows, columns] of fields [n, height, width]; the last may be smaller."""
     height, width = fields.shape[1:]
     rows, columns = np.arange(0, height, cell_px), np.arange(0, width, cell_px)
     sums = np.add.reduceat(np.add.reduceat(fields, rows, axis=1), columns, axis=2)
@@ -86,8 +84,10 @@ def _line_statistics(grey: np.ndarray) -> np.ndarray:
     """Responses of line filters, the strongest direction first: mean size, quantiles, extremes and unusual cells."""
     height, width = grey.shape
     pad = int(3 * _LINE_ALONG)
-    padded = np.pad(grey - grey.mean(), pad, mode="reflect" if min(height, width) > pad else "edge")
-    responses = np.fft.irfft2(np.fft.rfft2(padded) * _line_filters(*padded.shape), s=padded.shape)
+    shape = tuple(fft.next_fast_len(size + 2 * pad, real=True) for size in grey.shape)
+    margins = [(pad, whole - size - pad) for whole, size in zip(shape, grey.shape, strict=True)]
+    padded = np.pad(grey - grey.mean(), margins, mode="symmetric")
+    responses = fft.irfft2(fft.rfft2(padded) * _line_filters(*shape), s=shape)
     responses = responses[:, pad : pad + height, pad : pad + width]
     size = np.abs(responses)
     energy = size.mean(axis=(1, 2))

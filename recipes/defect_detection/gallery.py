@@ -99,7 +99,7 @@ def _grid(table: pa.Table, stored: StoredImages, title: str, caption: str, rows:
     ids, labels = table["id"].to_pylist(), table["label"].to_numpy()
     for place, row in enumerate(rows.tolist()):
         number = int(table["row"][row].as_py())
-        image = stored.image(number)
+        image = stored.image_or_blank(number)
         shown = np.moveaxis(image, 0, 2) if len(image) == 3 else image[0]
         left, right = cells[2 * place], cells[2 * place + 1]
         for axis in (left, right):

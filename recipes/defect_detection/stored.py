@@ -46,6 +46,13 @@ class StoredImages:
             raise Damaged(f"image {self.table['id'][index].as_py()} (row {index} of {self._folder}) is damaged")
         return image
 
+    def image_or_blank(self, index: int) -> np.ndarray:
+        """The image, or a black one where it is damaged."""
+        try:
+            return self.image(index)
+        except Damaged:
+            return np.zeros(self._images.shape[1:], dtype=np.uint8)
+
     def mask(self, index: int) -> np.ndarray | None:
         """uint8 [height, width], 1 in the defect; None for an image without one."""
         mask = int(self._masks_of[index])

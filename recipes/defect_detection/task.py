@@ -183,7 +183,7 @@ class DefectTask:
                     f"{len(self._damaged)} images of the prepared data are damaged, and data.most_unreadable is "
                     f"{self.config.data.most_unreadable}: {damage}\nDelete {self.prepared}, and it is made again."
                 ) from damage
-            return np.zeros((self.facts["channels"], *self.facts["size"]), dtype=np.uint8), False
+            return self._stored.image_or_blank(row), False
 
     @functools.cached_property
     def _stored(self) -> StoredImages:

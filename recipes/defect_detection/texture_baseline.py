@@ -104,7 +104,7 @@ def _features(prepared: Path, rows: np.ndarray) -> np.ndarray:
 def features_of(prepared: Path, rows: np.ndarray) -> np.ndarray:
     """The features of a few images, in a worker's process."""
     stored = StoredImages(prepared)
-    return np.stack([texture_features(stored.image(int(row))) for row in rows])
+    return np.stack([texture_features(stored.image_or_blank(int(row))) for row in rows])
 
 
 def _at_most(rows: np.ndarray, most: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def test_no_part_and_no_copy_lies_on_both_sides(tmp_path: Path) -> None:
     assert all(len(found) == 1 for found in sides.values())
     assert facts["leaks"]["exact_duplicates"] >= 20
     assert facts["leaks"]["items_crossing"] == facts["leaks"]["duplicates_crossing"] == 0
-    assert facts["leaks"]["items"] == 40
+    assert facts["items"] == 40
 
 
 def test_copies_with_different_labels_are_told(tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_the_exposures_of_a_magnetic_tile_lie_in_one_split(tmp_path: Path) -> No
     splits = stored.table["split"].to_numpy()[np.argsort(numbers)]
     close = np.diff(np.sort(numbers)) < 200
     assert (splits[1:] == splits[:-1])[close].all()
-    assert facts["leaks"]["items"] == 32
+    assert facts["items"] == 32
     assert facts["good"] == "free"
     for row in np.flatnonzero(stored.table["mask"].to_numpy() >= 0)[:20].tolist():
         path = SHARED / "magnetic_tile" / "masks" / Path(stored.table["id"][row].as_py()).with_suffix(".png")

@@ -80,6 +80,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     facts = {
         "sources": [{"path": str(data.path), "revision": listing.described.get("revision"), **content}],
         "rows": len(rows),
+        "items": len({row.item for row in rows}),
         "labels": labels.names,
         "types": sorted({kind for kind in labels.types if kind}),
         "good": labels.good,
@@ -157,7 +158,6 @@ def _split(
         "exact_duplicates": int((sizes[copies] > 1).sum()),
         "duplicates_crossing": crossing(copies.tolist(), split_of),
         "duplicates_with_conflicting_labels": conflicting,
-        "items": len(set(items)),
         "items_crossing": crossing(items, split_of),
     }
     return split_of, method, leaks

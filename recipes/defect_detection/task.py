@@ -19,6 +19,7 @@ from dist_train.task import Batch, ListedRows
 from recipes.defect_detection import augment, decisions, losses
 from recipes.defect_detection.config import Config
 from recipes.defect_detection.corruptions import CORRUPTIONS, corrupt
+from recipes.defect_detection.data import check_mode
 from recipes.defect_detection.defects import DefectShares, add_defect
 from recipes.defect_detection.images import Frame, read_frame
 from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles
@@ -56,6 +57,7 @@ class Example(NamedTuple):
 
 
 def make_task(config: Config, prepared: Path) -> DefectTask:
+    check_mode(config, load_facts(prepared))
     return DefectTask(config, prepared)
 
 

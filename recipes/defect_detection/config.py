@@ -200,7 +200,7 @@ class TaskConfig(Section):
     """How fast the focal loss falls with the probability of the truth."""
     logit_adjustment: NonNegative = 0.0
     """Add so many times the log share of each class to the logits in training (Menon et al. 2021); 0: off."""
-    balanced_share: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    balanced_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Repeat training images of the rarer classes until each has this share of the commonest; null repeats none."""
     label_smoothing: Share = 0.0
     """Share of the target spread evenly over all classes."""

@@ -21,10 +21,12 @@ def draw_scratch(
 
     A slightly bent line of the width and length, wholly inside the image where it fits. It is `contrast` of the full
     range darker or lighter than what it crosses: the mean along the line, since the depth varies. direction: its mean
-    angle in radians, from the x axis towards the y axis; null draws one.
+    angle in radians, from the x axis towards the y axis; None draws one.
     """
     height, width = image.shape[1:]
-    points = _place(_bent_line(generator, max(length_px - width_px, length_px / 4), direction), height, width, generator)
+    points = _place(
+        _bent_line(generator, max(length_px - width_px, length_px / 4), direction), height, width, generator
+    )
     depth = _depth_along(generator, len(points))
     coverage, relief = _rasterise(points, depth, width_px, height, width)
     mask = (coverage > 0.4 * min(1.0, width_px)).astype(np.uint8)

@@ -26,7 +26,7 @@ def test_a_seed_and_version_always_give_the_same_images() -> None:
     digest = hashlib.sha256()
     for image, mask, kind in generate(HALF, 48, 64, 0, 6):
         digest.update(image.tobytes() + mask.tobytes() + kind.encode())
-    recorded = {1: "RECORDED"}
+    recorded = {1: "c1e746818d0e94cc"}
     assert digest.hexdigest()[:16] == recorded[synthetic.VERSION], "other images: raise VERSION and record the hash"
 
 
@@ -134,7 +134,7 @@ def test_strokes_of_the_brush_run_with_the_grain_and_scratches_across_it() -> No
     for image, mask, kind in generate(SyntheticConfig(defective_share=0.5, scratch_length_px=60), 128, 128, 0, 80):
         if kind and ndimage.label(mask, np.ones((3, 3)))[1] == 1:
             y, x = np.nonzero(mask)
-            values, vectors = np.linalg.eigh(np.cov(y, x))
+            _, vectors = np.linalg.eigh(np.cov(y, x))
             line = np.arctan2(vectors[0, -1], vectors[1, -1])
             dy, dx = np.gradient(ndimage.gaussian_filter(image.astype(float), 1))
             grain = 0.5 * np.arctan2(2 * (dx * dy).mean(), (dx * dx - dy * dy).mean()) + np.pi / 2

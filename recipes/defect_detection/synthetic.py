@@ -84,11 +84,11 @@ def _brush(height: int, width: int, grain: float, generator: np.random.Generator
     lines = _smoothing(along, 6 + 14 * coarse, across, 0.5 + 0.5 * coarse)
     long_lines = _smoothing(along, 5 + 5 * generator.random(), across, 0.6)
     spectrum = np.fft.rfft2(noise)
-    fine = _to_deviation(np.fft.irfft2(spectrum * lines, s=(height, width)), 0.03 + 0.05 * roughness)
+    fine = _to_deviation(np.fft.irfft2(spectrum * lines, s=(height, width)), 0.05 + 0.06 * roughness)
     marks = np.fft.irfft2(np.fft.rfft2(seeds) * long_lines, s=(height, width))
     # The middle of a stroke is as strong as a scratch is.
-    fine += marks * np.float32((0.1 + 0.2 * strokes) / (3.3 * max(float(long_lines.mean()), 1e-6)))
-    fine += noise * np.float32(0.01 + 0.03 * speckle)
+    fine += marks * np.float32((0.15 + 0.2 * strokes) / (3.3 * max(float(long_lines.mean()), 1e-6)))
+    fine += noise * np.float32(0.015 + 0.035 * speckle)
     return fine.astype(np.float32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,11 @@ def prepare_images(cache: Path, said: list[str] | None = None, **data: Any) -> t
     """The prepared images, and their facts."""
     folder = prepare(config_of(cache, **data), RECIPE, (said if said is not None else []).append)
     return StoredImages(folder), load_facts(folder)
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with open(path, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

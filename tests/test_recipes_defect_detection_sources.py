@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -19,19 +18,11 @@ from dist_train.errors import ConfigError, DataError
 from recipes.defect_detection.config import DataConfig
 from recipes.defect_detection.listing import NO_SPLIT, TEST, TRAIN, VALIDATION, Listing
 from recipes.defect_detection.sources import find_listing
-from tests.pictures import prepare_images, write_classes, write_image, write_mask
+from tests.pictures import prepare_images, write_classes, write_image, write_mask, write_table
 
 
 def _list(path: Path | str, **data: Any) -> Listing:
     return find_listing(DataConfig(path=str(path), **data))
-
-
-def _table(path: Path, rows: list[dict[str, Any]]) -> Path:
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def _refusal(path: Path | str, kind: type[Exception] = DataError, **data: Any) -> str:
@@ -155,7 +146,7 @@ def test_all_that_is_wrong_with_a_table_and_its_images_is_named_at_once(tmp_path
     rows[7]["label"] = "likely"
     rows += [{"file": "gone.png", "label": "0", "mask": "", "side": "test"}, {**rows[0], "file": " "}]
     said = _refusal(
-        _table(tmp_path / "t.csv", rows), labels_are="probabilities", mask_column="mask", split_column="side"
+        write_table(tmp_path / "t.csv", rows), labels_are="probabilities", mask_column="mask", split_column="side"
     )
     for expected in (
         "9 problems",
@@ -175,7 +166,7 @@ def test_all_that_is_wrong_with_a_table_and_its_images_is_named_at_once(tmp_path
 
 def test_the_first_twenty_problems_are_shown_and_all_are_counted(tmp_path: Path) -> None:
     rows = [{"file": f"{index}.png", "label": "ok"} for index in range(50)]
-    said = _refusal(_table(tmp_path / "t.csv", rows))
+    said = _refusal(write_table(tmp_path / "t.csv", rows))
     assert "51 problems" in said, "the last says that none is there"
     assert said.count("there is no such file") == 20
     assert "and 31 more" in said

@@ -40,6 +40,18 @@ def test_the_heat_map_adds_up_to_the_decision() -> None:
     assert heat.shape == (3, 4, 6)
 
 
+def test_a_small_share_of_the_places_decides_where_it_is_asked_for() -> None:
+    images = torch.zeros(1, 1, 32, 32)
+    images[0, 0, :4, :8] = 1.0  # two of 64 places
+    whole, top = _network(), _network()
+    top.top_share = 2 / 64
+    assert whole(images)[0][0, 1].item() == pytest.approx(2 / 64)
+    assert top(images)[0][0, 1].item() == pytest.approx(1.0)
+    one = _network()
+    one.top_share = 0.001
+    assert one(images)[0][0, 1].item() == pytest.approx(1.0), "at least one place"
+
+
 def test_the_peak_lies_where_the_defect_is() -> None:
     images = torch.zeros(2, 1, 32, 64)
     images[0, 0, 4:8, 40:44] = 1.0

@@ -143,6 +143,9 @@ class ModelConfig(Section):
     """Probability that a block is skipped in training, rising linearly to this at the last block (own networks)."""
     dropout: Share = 0.0
     """Dropout probability before the head."""
+    top_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The score is the mean over this share of the image's places, those that speak most for a defect; small defects
+    need a small one, 1 takes all."""
     tile_px: Annotated[int, Field(ge=16)] | None = None
     """Look at the image in square tiles of this size, at its own resolution; null looks at all of it at once."""
     tile_overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25

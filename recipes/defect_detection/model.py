@@ -27,8 +27,9 @@ class Tiles:
 
 
 class DefectNetwork(nn.Module):
-    """A backbone, and a linear head at each place of its feature map. An image's logits are the mean over the places,
-    so that the map of logits is the class activation map (Zhou et al. 2016) and sums up to the decision exactly."""
+    """A backbone, and a linear head at each place of its feature map. An image's logits are the mean over the places, or
+    over those that speak most for a defect, so that the map of logits, the class activation map (Zhou et al. 2016), sums
+    up to the decision exactly."""
 
     def __init__(
         self,
@@ -38,16 +39,19 @@ class DefectNetwork(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         dropout: float = 0.0,
+        top_share: float = 1.0,
         tiles: Tiles | None = None,
     ) -> None:
-        """good: index of the class of parts without a defect. mean, std: of each channel, images being in 0..1."""
+        """good: index of the class of parts without a defect. mean, std: of each channel, images being in 0..1.
+        top_share: the share of the places that count."""
         super().__init__()
         described: Any = backbone
         self.backbone = backbone
         self.head = nn.Linear(described.out_channels, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-        self.good, self.dropout, self.tiles, self.stride = good, dropout, tiles, int(described.stride)
+        self.good, self.dropout, self.top_share = good, dropout, top_share
+        self.tiles, self.stride = tiles, int(described.stride)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
@@ -62,7 +66,7 @@ class DefectNetwork(nn.Module):
         images = (images - self.mean) / self.std
         if self.tiles is None:
             maps, features = self._look(images)
-            logits = maps.mean((2, 3))
+            logits = self._pool(maps)
             return logits, self._heat(maps, logits), features
         return self._look_at_tiles(images, self.tiles)
 
@@ -74,6 +78,15 @@ class DefectNetwork(nn.Module):
             (2, 3)
         ).float()
 
+    def _pool(self, maps: Tensor) -> Tensor:
+        """Logits [n, classes] of maps [n, classes, h, w]."""
+        places = maps.flatten(2)
+        if self.top_share == 1:
+            return places.mean(2)
+        count = max(1, round(self.top_share * places.shape[2]))
+        chosen = self._margin(places.movedim(1, 0)).topk(count, dim=1).indices
+        return places.gather(2, chosen[:, None].expand(-1, places.shape[1], -1)).mean(2)
+
     def _look_at_tiles(self, images: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
         """The logits of an image are the mean of its few highest-scored tiles: a small defect is not averaged away, and
         no single tile decides."""
@@ -84,7 +97,7 @@ class DefectNetwork(nn.Module):
         size = tiles.size
         cut = torch.stack([images[:, :, top : top + size, left : left + size] for top, left in places], 1)
         maps, features = self._look(cut.flatten(0, 1))
-        per_tile = maps.mean((2, 3)).unflatten(0, (rows, len(places)))
+        per_tile = self._pool(maps).unflatten(0, (rows, len(places)))
         chosen = self._margin(per_tile.movedim(2, 0)).topk(min(tiles.top, len(places)), dim=1).indices
         logits = per_tile.gather(1, chosen[:, :, None].expand(-1, -1, per_tile.shape[2])).mean(1)
         feature = features.unflatten(0, (rows, len(places)))

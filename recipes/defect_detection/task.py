@@ -85,7 +85,14 @@ class DefectTask:
             )
         tiles = None if model.tile_px is None else Tiles(model.tile_px, model.tile_overlap, model.tile_top)
         network = DefectNetwork(
-            backbone, len(self.labels), self.header.good, self.facts["mean"], self.facts["std"], model.dropout, tiles
+            backbone,
+            len(self.labels),
+            self.header.good,
+            self.facts["mean"],
+            self.facts["std"],
+            model.dropout,
+            model.top_share,
+            tiles,
         )
         shares, own = self._sampled_shares(), self._counts / max(self._counts.sum(), 1)
         loss = losses.cross_entropy

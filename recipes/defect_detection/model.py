@@ -27,9 +27,9 @@ class Tiles:
 
 
 class DefectNetwork(nn.Module):
-    """A backbone, and a linear head at each place of its feature map. An image's logits are the mean over the places, or
-    over those that speak most for a defect, so that the map of logits, the class activation map (Zhou et al. 2016), sums
-    up to the decision exactly."""
+    """A backbone, and a linear head at each place of its feature map. An image's logits are the mean over the places,
+    or over those that speak most for a defect, so that the map of logits, the class activation map (Zhou et al. 2016),
+    sums up to the decision exactly."""
 
     def __init__(
         self,

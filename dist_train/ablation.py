@@ -134,12 +134,14 @@ def _drawn(score: Score, table: pa.Table, draws: np.ndarray) -> dict[str, np.nda
 
 
 def _over_seeds(points: list[float]) -> dict[str, float | None]:
-    return {"mean": float(np.mean(points)), "std": _spread(points)}
+    mean = float(np.mean(points))
+    return {"mean": mean if np.isfinite(mean) else None, "std": _spread(points)}
 
 
 def _spread(points: Sequence[float]) -> float | None:
-    """Standard deviation over seeds; None of a single one."""
-    return float(np.std(points, ddof=1)) if len(points) > 1 else None
+    """Standard deviation over seeds; None of a single one, or where a value is not defined."""
+    spread = float(np.std(points, ddof=1)) if len(points) > 1 else np.nan
+    return spread if np.isfinite(spread) else None
 
 
 def _difference(values: Mapping[tuple[str, int], Mapping[str, np.ndarray]], rung: str, other: str) -> dict[str, Any]:

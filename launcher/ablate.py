@@ -89,13 +89,11 @@ def ablate(recipe: str, settings: list[str], seeds: int, only: int | None, is_li
 
 
 def _bring_to_its_end(study: Study, cell: Cell) -> None:
-    run, words = study.run_of(cell), study.words(cell)
+    run = study.run_of(cell)
     if not run.config.is_file():
-        start.run(study.recipe, words)
+        start.run(study.recipe, study.words(cell))
         return
-    wanted = config_io.result_fingerprint(config_io.load(study.recipe, words).config)
-    known = config_io.load_run_config(run)
-    if _without_pins(known, wanted) != wanted:
+    if not _is_of(study, cell):
         raise ConfigError(
             f"{run.path} is a run of other settings than this study's: give the study another name=..., or delete that "
             f"run. To see them: dist-train recipes --keys {study.recipe}, and {run.config}."
@@ -104,6 +102,12 @@ def _bring_to_its_end(study: Study, cell: Cell) -> None:
         print(f"kept           {run.path}", flush=True)
         return
     start.resume(str(run.path), [], [])
+
+
+def _is_of(study: Study, cell: Cell) -> bool:
+    """Whether the run that is there has the settings that this study asks for."""
+    wanted = config_io.result_fingerprint(config_io.load(study.recipe, study.words(cell)).config)
+    return _without_pins(config_io.load_run_config(study.run_of(cell)), wanted) == wanted
 
 
 def _without_pins(known: RunConfig, wanted: str) -> str:
@@ -119,7 +123,7 @@ def _report(study: Study, failed: dict[str, ToolkitError]) -> None:
     tables = {}
     for cell in study.grid:
         run = study.run_of(cell)
-        if run.report_json.is_file():
+        if run.report_json.is_file() and _is_of(study, cell):
             tables[cell.rung.name, cell.seed] = pq.read_table(run.prediction_file("test"))
     entries = compare_rungs(study.rungs, tables, study.score, study.samples)
     missing = [cell.name for cell in study.grid if (cell.rung.name, cell.seed) not in tables]
@@ -161,7 +165,8 @@ def _rows(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
         row = [entry["rung"], str(len(entry["seeds"]))]
         for name in names:
             point = entry["metrics"][name]
-            row.append(f"{point['mean']:.4f}" + (f" ± {point['std']:.4f}" if point["std"] is not None else ""))
+            spread = f" ± {point['std']:.4f}" if point["std"] is not None else ""
+            row.append("not defined" if point["mean"] is None else f"{point['mean']:.4f}{spread}")
             value = entry.get("to_rung_before", {}).get("metrics", {}).get(name)
             known = value is not None and value["value"] is not None
             row.append(f"{value['value']:+.4f} [{value['low']:+.4f}, {value['high']:+.4f}]" if known else "")

@@ -83,6 +83,18 @@ def test_means_spreads_and_differences_are_those_of_a_calculation_by_hand() -> N
     assert "unshown" not in first["metrics"]
 
 
+def test_a_metric_that_is_not_defined_is_none() -> None:
+    def measure(table: pa.Table) -> Callable[[np.ndarray], dict[str, float]]:
+        return lambda weights: {"accuracy": float("nan")}
+
+    undefined = Score("accuracy", measure, ("accuracy",), headline=("accuracy",), compared=("accuracy",))
+    tables = {("plain", seed): _table([1, 0]) for seed in (0, 1)} | {("+ second", 0): _table([1, 1])}
+    entries = compare_rungs([PLAIN, SECOND], tables, undefined, 10)
+    assert entries[0]["metrics"]["accuracy"] == {"mean": None, "std": None}
+    assert entries[1]["to_rung_before"]["metrics"]["accuracy"]["value"] is None
+    assert verdicts(entries, undefined) == []
+
+
 def test_a_rung_without_results_is_left_out_and_the_next_is_held_against_the_one_before_it() -> None:
     tables = {("plain", 0): _table([1, 0]), ("+ third", 0): _table([1, 1])}
     entries = compare_rungs([PLAIN, SECOND, THIRD], tables, SCORE, 100)

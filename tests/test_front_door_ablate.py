@@ -91,6 +91,7 @@ def test_what_is_wrong_is_said_before_anything_runs(place: Path) -> None:
     other = dist_train([*STUDY, "optim.lr=1e-3", "--seeds", "2", "--only", "0"], place)
     assert other.returncode == 2
     assert "is a run of other settings than this study's" in other.stderr
+    assert "Not there yet, or failed: plain-s0, smoothing-s0, plain-s1, smoothing-s1" in other.stdout
     beyond = dist_train([*STUDY, "--seeds", "2", "--only", "4"], place)
     assert beyond.returncode == 2
     assert "the runs 0 to 3" in beyond.stderr

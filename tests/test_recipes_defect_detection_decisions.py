@@ -130,3 +130,25 @@ def test_the_one_class_decision_looks_at_good_parts_alone() -> None:
     features, good = generator.normal(size=(400, 8)), np.arange(400) < 300
     features[300:] += 100
     assert one_class.calibrate(features, good) == one_class.calibrate(features[:300], np.ones(300, dtype=bool))
+
+
+def test_a_few_parts_that_are_all_told_apart_do_not_make_scores_equal() -> None:
+    generator = np.random.default_rng(0)
+    defective = np.arange(60) < 8
+    score = np.where(defective, generator.uniform(0.7, 0.99, 60), generator.uniform(0.01, 0.3, 60))
+    decided = decide(make_predictions(score, defective), calibrate(make_predictions(score, defective), _config()))
+    assert len(np.unique(probabilities(decided)[:, 1])) == 60
+
+
+def test_without_a_defective_part_to_choose_by_one_half_decides() -> None:
+    score = np.linspace(0.01, 0.9, 50)
+    decision = calibrate(make_predictions(score, np.zeros(50, dtype=bool)), _config(deployed_share=0.1))
+    assert decision["flag_from"] == decision["accept_below"] == decision["reject_from"] == 0.5
+    np.testing.assert_array_equal(as_deployed(score, decision), score)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"their sum must be below 1"):
+        Config(recipe="defect_detection", augment={"scratches": 0.6, "paste": 0.5})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"task.mode is one_class, but data.target is classes"):
+        Config(recipe="defect_detection", task={"mode": "one_class"}, data={"target": "classes"})  # type: ignore[arg-type]

@@ -129,6 +129,11 @@ def test_a_classifier_without_any_defect_to_learn_from_says_what_to_do(words: li
     assert _task(words, "data.test_only=[all]").is_one_class
 
 
+def test_defects_cannot_be_pasted_where_no_mask_shows_one(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"augment.paste is 0.2, but no image has a mask"):
+        _task(words, "data.mask_path=null", "augment.paste=0.2")
+
+
 def test_eight_images_are_learnt_by_heart(words: list[str]) -> None:
     task = _task(words, "augment.flips=false", "augment.turns=false", "augment.exposure=0")
     torch.manual_seed(0)

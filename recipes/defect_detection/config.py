@@ -192,6 +192,15 @@ class AugmentConfig(Section):
     paste: Share = 0.0
     """Share of good training images that get a real defect, cut out by its mask from another training image."""
 
+    @model_validator(mode="after")
+    def _good_parts_are_left(self) -> Self:
+        if self.scratches + self.paste >= 1:
+            raise ValueError(
+                f"augment.scratches is {self.scratches} and augment.paste is {self.paste}, which together leave no "
+                "good part as it is: their sum must be below 1"
+            )
+        return self
+
 
 class TaskConfig(Section):
     mode: Literal["auto", "classifier", "one_class"] = "auto"
@@ -224,3 +233,12 @@ class Config(RunConfig):
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _one_class_is_of_good_parts(self) -> Self:
+        if self.task.mode == "one_class" and self.data.target == "classes":
+            raise ValueError(
+                "task.mode is one_class, but data.target is classes: good parts alone tell good from defective. Set "
+                "data.target to defective, or task.mode to auto"
+            )
+        return self

@@ -126,7 +126,14 @@ def epoch_rows(config: Config, facts: dict[str, Any]) -> int:
 
 
 def check_mode(config: Config, facts: dict[str, Any]) -> None:
-    """ConfigError where a classifier is asked for and no training image, nor any made one, shows a defect."""
+    """ConfigError where a classifier is asked for and no training image, nor any made one, shows a defect, and where
+    defects shall be pasted that no mask shows."""
+    if config.augment.paste and not facts["has_masks"]:
+        raise ConfigError(
+            f"augment.paste is {config.augment.paste}, but no image has a mask to cut a defect out by: name the masks "
+            "with data.mask_path or data.mask_column, or set augment.paste to 0.",
+            "augment.paste",
+        )
     if config.task.mode != "classifier" or config.data.target != "defective":
         return
     if not facts["splits"]["train"]["labels"].get("defective", 0) and not config.augment.scratches:

@@ -75,7 +75,7 @@ def predicted(probability: np.ndarray, decision: Mapping[str, Any]) -> np.ndarra
 def as_deployed(defective: np.ndarray, decision: Mapping[str, Any]) -> np.ndarray:
     """Calibrated probabilities of a defect [n], corrected from the share of defective parts in the data to that where
     the model is used (Saerens et al. 2002). Thresholds are of the former; the order is the same."""
-    if "deployed_share" not in decision:
+    if "deployed_share" not in decision or not 0 < decision["data_share"] < 1:
         return defective
     odds = [decision[name] / (1 - decision[name]) for name in ("deployed_share", "data_share")]
     ratio = odds[0] / odds[1]
@@ -109,11 +109,16 @@ def _temperature(probability: np.ndarray, truth: np.ndarray) -> float:
         chosen = sharpen(probability, float(np.exp(log_temperature)))[np.arange(len(truth)), truth]
         return float(-np.log(np.maximum(chosen, 1e-12)).mean())
 
-    return float(np.exp(minimize_scalar(log_loss, bounds=(-3.0, 3.0), method="bounded").x))
+    # A few images that are all told apart ask for no end of sharpness, which would make scores equal that are not.
+    return float(np.exp(minimize_scalar(log_loss, bounds=(np.log(0.5), 3.0), method="bounded").x))
 
 
 def _thresholds(score: np.ndarray, defective: np.ndarray, task: TaskConfig) -> dict[str, Any]:
     """flag_from suits F1 best; accept_below and reject_from cost least, each part weighed as it will be deployed."""
+    if not defective.any():
+        # Nothing to choose by: a part is defective where that is likelier than not.
+        share = {"deployed_share": task.deployed_share or 0.0, "data_share": 0.0, "recall_at_least": 0.0}
+        return {"flag_from": 0.5, "accept_below": 0.5, "reject_from": 0.5, **share}
     order = np.argsort(score, kind="stable")
     ranked, is_defective = score[order], defective[order]
     share = float(defective.mean())

@@ -23,6 +23,7 @@ _ROWS_A_JOB = 64
 _VERSION = 1
 _STRENGTHS = (0.03, 0.3, 3.0)
 _BOOSTING = {"max_iter": 200, "learning_rate": 0.06, "max_leaf_nodes": 15, "l2_regularization": 1.0, "random_state": 0}
+_BOOSTING["early_stopping"] = False  # it would need two images of each class
 ABOUT = f"texture features + boosting or logistic regression, on at most {_MOST_ROWS:,} training images"
 DESCRIBED = [_VERSION, _MOST_ROWS, _STRENGTHS, _BOOSTING]
 

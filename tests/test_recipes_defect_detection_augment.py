@@ -11,7 +11,7 @@ from scipy import ndimage, stats
 from torch import Tensor
 
 from dist_train.data import mix64, row_seeds
-from recipes.defect_detection.augment import apply, draw_parameters
+from recipes.defect_detection.augment import _mix64, apply, draw_parameters
 from recipes.defect_detection.config import AugmentConfig
 
 OFF = {"flips": False, "turns": False, "exposure": 0.0}
@@ -66,16 +66,16 @@ def test_a_row_is_the_same_to_the_bit_in_any_batch(rows: list[int], size: tuple[
 
 
 def test_a_row_is_the_same_to_the_bit_with_more_threads_and_larger_images() -> None:
-    images, seeds = _images(5, 1, 250, 250), _seeds(5)
-    threads = torch.get_num_threads()
+    images, seeds = _images(4, 1, 300, 300), _seeds(4)
+    threads, results = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(2)
-        whole = _augmented(images, ALL, seeds)
-        torch.set_num_threads(1)
-        alone = torch.cat([_augmented(images[row : row + 1], ALL, seeds[row : row + 1]) for row in range(5)])
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results.append(_augmented(images, ALL, seeds))
+            results.append(torch.cat([_augmented(images[row, None], ALL, seeds[row, None]) for row in range(4)]))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone, whole)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_other_seeds_give_other_results() -> None:
@@ -168,6 +168,11 @@ def test_noise_is_standard_normal_times_the_stated_deviation() -> None:
     assert np.abs(np.corrcoef(numbers) - np.eye(6)).max() < 0.04
     for apart in (1, 2, 3, 4, 128):
         assert abs(np.mean(numbers[:, apart:] * numbers[:, :-apart])) < 0.02
+
+
+def test_the_hash_of_the_noise_is_that_of_the_sampler() -> None:
+    values = np.arange(-500, 500, dtype=np.int64) * 0x1234567890ABCD
+    assert np.array_equal(_mix64(torch.from_numpy(values)).numpy().view(np.uint64), mix64(values.view(np.uint64)))
 
 
 def test_noise_is_drawn_up_to_the_stated_deviation() -> None:

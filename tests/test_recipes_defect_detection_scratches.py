@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -50,6 +50,7 @@ def test_it_is_darker_as_often_as_lighter() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(248367, 16, 16, 1.0, 196.0, 1.0, 0.0, 1)
 @given(
     st.integers(0, 2**32),
     st.integers(16, 70),
@@ -75,7 +76,8 @@ def test_no_image_is_left_without_it(
     assert scratched.max() <= 1
     changed = (scratched != image).any(axis=0)
     assert changed[mask > 0].all()
-    assert not (changed & ~ndimage.binary_dilation(mask, np.ones((3, 3)))).any()
+    # At the border the line itself may lie outside.
+    assert not (changed & ~ndimage.binary_dilation(mask, np.ones((3, 3))))[1:-1, 1:-1].any()
 
 
 def test_the_same_generator_draws_the_same_scratch() -> None:

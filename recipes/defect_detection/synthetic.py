@@ -1,7 +1,7 @@
 """Generated images of brushed metal, some with micro-scratches: any size and number, the same for a seed and version.
 
 What tells a scratch: a thin coherent line across the brushing. Strong strokes of the brush are as thin and as dark or
-light, but run with the grain; dust is as dark or light, but round; lighting and roughness differ from part to part.
+light, but run with the grain; dust is as dark or light, but round or short; lighting and roughness differ by part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ VERSION = 1
 _DOMAIN = 0x5C7A7C4
 _SURFACE, _DEFECT, _CHOICE = range(3)
 
-_ACROSS = (0.26, 1.31)  # radians from the grain within which scratches run, to either side
+# Parts lie in a fixture: the grain runs within so many radians of the x axis, and scratches at least so many across it.
+_GRAIN, _ACROSS = 0.4, 0.26
+# Lowest and highest of each part's own: standard deviations of lines and speckle and the strength of strokes, as shares
+# of the full range; radius in pixels and contrast of dust.
+_LINES, _STROKES, _SPECKLE = (0.02, 0.06), (0.1, 0.3), (0.01, 0.025)
+_DUST_RADIUS, _DUST_CONTRAST = (0.8, 3.0), (0.2, 0.5)
+_DUST_HALF_LENGTH = 3.5  # of the longest small speck, without its round ends: well below a scratch
 _SEVERAL = (0.7, 0.9)  # below the first: one scratch; below the second: two; else three
 
 
@@ -53,7 +59,7 @@ def _scratch(
     """(image, mask) with one to three scratches across the grain."""
     drawn, mask = image[None], np.zeros(image.shape, dtype=np.uint8)
     for _ in range(1 + int(np.searchsorted(_SEVERAL, generator.random(), side="right"))):
-        aside = _ACROSS[0] + (np.pi - 2 * _ACROSS[0]) * generator.random()
+        aside = _ACROSS + (np.pi - 2 * _ACROSS) * generator.random()
         length = config.scratch_length_px * (0.5 + generator.random())
         drawn, scratch = draw_scratch(
             drawn, generator, config.scratch_width_px, length, config.scratch_contrast, grain + aside
@@ -66,7 +72,7 @@ def _render_surface(
     config: SyntheticConfig, height: int, width: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, float]:
     """(float32 [height, width] in 0..1, direction of the grain in radians) of a good part."""
-    grain = generator.random() * np.pi
+    grain = _between((-_GRAIN, _GRAIN), generator.random())
     base = 0.38 + 0.24 * generator.random()
     image = _brush(height, width, grain, generator)
     image += np.float32(base)
@@ -84,12 +90,16 @@ def _brush(height: int, width: int, grain: float, generator: np.random.Generator
     lines = _smoothing(along, 6 + 14 * coarse, across, 0.5 + 0.5 * coarse)
     long_lines = _smoothing(along, 5 + 5 * generator.random(), across, 0.6)
     spectrum = np.fft.rfft2(noise)
-    fine = _to_deviation(np.fft.irfft2(spectrum * lines, s=(height, width)), 0.05 + 0.06 * roughness)
+    fine = _to_deviation(np.fft.irfft2(spectrum * lines, s=(height, width)), _between(_LINES, roughness))
     marks = np.fft.irfft2(np.fft.rfft2(seeds) * long_lines, s=(height, width))
     # The middle of a stroke is as strong as a scratch is.
-    fine += marks * np.float32((0.15 + 0.2 * strokes) / (3.3 * max(float(long_lines.mean()), 1e-6)))
-    fine += noise * np.float32(0.015 + 0.035 * speckle)
+    fine += marks * np.float32(_between(_STROKES, strokes) / (3.3 * max(float(long_lines.mean()), 1e-6)))
+    fine += noise * np.float32(_between(_SPECKLE, speckle))
     return fine.astype(np.float32)
+
+
+def _between(bounds: tuple[float, float], share: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * share
 
 
 def _smoothing(along: np.ndarray, length: float, across: np.ndarray, thickness: float) -> np.ndarray:
@@ -127,14 +137,18 @@ def _light(height: int, width: int, generator: np.random.Generator) -> np.ndarra
 
 
 def _dust(image: np.ndarray, count: int, generator: np.random.Generator) -> None:
-    """Round specks, darker or lighter, drawn into the image."""
+    """Specks, round or like grains of rice, darker or lighter, drawn into the image."""
     height, width = image.shape
-    for y, x, size, depth in generator.random((count, 4)):
-        y, x, radius = y * (height - 1), x * (width - 1), 0.7 + 2.0 * size**2
-        rows = slice(max(0, int(y - radius - 1)), int(y + radius + 3))
-        columns = slice(max(0, int(x - radius - 1)), int(x + radius + 3))
+    for y, x, size, shape, direction, depth in generator.random((count, 6)):
+        y, x, radius = y * (height - 1), x * (width - 1), _between(_DUST_RADIUS, size**2)
+        half = _DUST_HALF_LENGTH * shape if size < 0.5 else 0.0
+        rows = slice(max(0, int(y - half - radius - 1)), int(y + half + radius + 3))
+        columns = slice(max(0, int(x - half - radius - 1)), int(x + half + radius + 3))
         window = image[rows, columns]
         dy = np.arange(rows.start, rows.start + window.shape[0], dtype=np.float32)[:, None] - np.float32(y)
         dx = np.arange(columns.start, columns.start + window.shape[1], dtype=np.float32)[None, :] - np.float32(x)
-        signed = (0.15 + 0.35 * abs(2 * depth - 1)) * (1 if depth < 0.5 else -1)
-        window -= np.float32(signed) * np.clip(np.float32(radius + 0.5) - np.hypot(dy, dx), 0.0, 1.0)
+        sine, cosine = np.float32(np.sin(direction * np.pi)), np.float32(np.cos(direction * np.pi))
+        beyond = np.maximum(np.abs(cosine * dx + sine * dy) - np.float32(half), 0)
+        distance = np.hypot(beyond, cosine * dy - sine * dx)
+        signed = _between(_DUST_CONTRAST, abs(2 * depth - 1)) * (1 if depth < 0.5 else -1)
+        window -= np.float32(signed) * np.clip(np.float32(radius + 0.5) - distance, 0.0, 1.0)

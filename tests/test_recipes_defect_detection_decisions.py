@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from scipy.stats import binom
 
+from dist_train.calibration import sharpen
 from recipes.defect_detection import one_class
 from recipes.defect_detection.config import Config
 from recipes.defect_detection.decisions import (
@@ -16,7 +17,6 @@ from recipes.defect_detection.decisions import (
     decisions_of,
     predicted,
     recall_at_least,
-    sharpen,
 )
 from recipes.defect_detection.predictions import Header, make_table, probabilities
 from tests.part_predictions import make_predictions

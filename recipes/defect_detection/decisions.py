@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.optimize import minimize_scalar
 from scipy.stats import beta
 
+from dist_train.calibration import fit_temperature, sharpen
 from dist_train.metrics import bootstrap_weights
 from recipes.defect_detection import one_class
 from recipes.defect_detection.config import Config, TaskConfig
@@ -31,6 +31,8 @@ ACCEPT, REVIEW, REJECT = "accept", "review", "reject"
 _THRESHOLD_SAMPLES = 200
 _SEED = 20_240_229
 CONFIDENCE = 0.95
+# A few images that are all told apart ask for no end of sharpness, which would make scores equal that are not.
+_LEAST_TEMPERATURE = 0.5
 
 
 def calibrate(validation: pa.Table, config: Config) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def calibrate(validation: pa.Table, config: Config) -> dict[str, Any]:
     if header.one_class:
         return one_class.calibrate(lists_of(validation, "feature"), validation["label"].to_numpy() == header.good)
     probability, truth = probabilities(validation), validation["label"].to_numpy()
-    temperature = _temperature(probability, truth)
+    temperature = fit_temperature(probability, truth, least=_LEAST_TEMPERATURE)
     sharp = sharpen(probability, temperature)
     if not header.is_binary:
         return {"temperature": temperature, "sure_from": 1 - task.cost_review / task.cost_overkill}
@@ -92,33 +94,17 @@ def decisions_of(probability: np.ndarray, decision: Mapping[str, Any]) -> list[s
     return [ACCEPT if a else REJECT if r else REVIEW for a, r in zip(accepted, rejected, strict=True)]
 
 
-def sharpen(probability: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities [n, labels] that logits divided by the temperature give (Guo et al. 2017): float64."""
-    logs = np.log(np.maximum(probability.astype(np.float64), 1e-30)) / temperature
-    powers = np.exp(logs - logs.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
 def recall_at_least(caught: float, of: float) -> float:
     """One-sided 95 % lower bound of a share (Clopper and Pearson 1934)."""
     return float(beta.ppf(1 - CONFIDENCE, caught, of - caught + 1)) if caught > 0 else 0.0
-
-
-def _temperature(probability: np.ndarray, truth: np.ndarray) -> float:
-    def log_loss(log_temperature: float) -> float:
-        chosen = sharpen(probability, float(np.exp(log_temperature)))[np.arange(len(truth)), truth]
-        return float(-np.log(np.maximum(chosen, 1e-12)).mean())
-
-    # A few images that are all told apart ask for no end of sharpness, which would make scores equal that are not.
-    return float(np.exp(minimize_scalar(log_loss, bounds=(np.log(0.5), 3.0), method="bounded").x))
 
 
 def _thresholds(score: np.ndarray, defective: np.ndarray, task: TaskConfig) -> dict[str, Any]:
     """flag_from suits F1 best; accept_below and reject_from cost least, each part weighed as it will be deployed."""
     if not defective.any():
         # Nothing to choose by: a part is defective where that is likelier than not.
-        share = {"deployed_share": task.deployed_share or 0.0, "data_share": 0.0, "recall_at_least": 0.0}
-        return {"flag_from": 0.5, "accept_below": 0.5, "reject_from": 0.5, **share}
+        nothing = {"deployed_share": task.deployed_share or 0.0, "data_share": 0.0, "recall_at_least": 0.0}
+        return {"flag_from": 0.5, "accept_below": 0.5, "reject_from": 0.5, **nothing}
     order = np.argsort(score, kind="stable")
     ranked, is_defective = score[order], defective[order]
     share = float(defective.mean())

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dist_train.baselines import SPLITS, Tables, kept_baselines
+from dist_train.calibration import fit_temperature, sharpen
 from dist_train.metrics import Classification
 from dist_train.prepared import load_facts
 from recipes.ticket_routing.config import Config
@@ -29,6 +30,7 @@ BASELINES = {
     "majority": "always the largest queue",
 }
 
+_LEAST_TEMPERATURE = float(np.exp(-3.0))
 ROUTE, REVIEW = "route", "review"
 """What becomes of a ticket: it goes to the predicted queue, or a person looks at it."""
 # Changes whenever a baseline would be trained differently.
@@ -73,15 +75,8 @@ def measure(table: pa.Table) -> Callable[[np.ndarray], dict[str, float]]:
 def calibrate(validation: pa.Table, config: Config) -> dict[str, Any]:
     """The temperature that makes the validation split likeliest (Guo et al. 2017), and the confidence from which on
     its tickets reach task.target_accuracy: the lowest one; null where none does, and then nothing is routed."""
-    from scipy.optimize import minimize_scalar
-
     probability, truth = _probability(validation), validation["label"].to_numpy()
-
-    def log_loss(log_temperature: float) -> float:
-        chosen = sharpen(probability, float(np.exp(log_temperature)))[np.arange(len(truth)), truth]
-        return float(-np.log(np.maximum(chosen, 1e-12)).mean())
-
-    temperature = float(np.exp(minimize_scalar(log_loss, bounds=(-3.0, 3.0), method="bounded").x))
+    temperature = fit_temperature(probability, truth, least=_LEAST_TEMPERATURE)
     confidence = sharpen(probability, temperature).max(1)
     order = np.argsort(-confidence, kind="stable")
     right = (validation["predicted"].to_numpy() == truth)[order]
@@ -104,14 +99,6 @@ def decide(table: pa.Table, decision: Mapping[str, Any]) -> pa.Table:
 def decisions(probability: np.ndarray, threshold: float | None) -> list[str]:
     """ROUTE or REVIEW for each row of calibrated probabilities [n, labels]."""
     return [ROUTE if threshold is not None and value >= threshold else REVIEW for value in probability.max(1).tolist()]
-
-
-def sharpen(probability: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities [n, labels] that logits divided by the temperature give: float64, from the probabilities alone,
-    since logits and their log differ by a constant of the row."""
-    logs = np.log(np.maximum(probability.astype(np.float64), 1e-30)) / temperature
-    powers = np.exp(logs - logs.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
 
 
 def remarks(metrics: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dist_train.calibration import sharpen
 from dist_train.errors import DataError
 from dist_train.init_from import Taken, take_weights
 from dist_train.prepared import load_facts
@@ -128,7 +129,7 @@ class TicketTask:
         return ListedRows([(row, 0) for row in tokens], lengths)
 
     def answers(self, outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table:
-        probability = score.sharpen(outputs["probability"], decision["temperature"])
+        probability = sharpen(outputs["probability"], decision["temperature"])
         columns = {
             "predicted": pa.array([self.labels[index] for index in probability.argmax(1)]),
             "confidence": pa.array(probability.max(1)),

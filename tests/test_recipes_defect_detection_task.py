@@ -16,8 +16,10 @@ from dist_train.errors import ConfigError
 from dist_train.prepared import prepare
 from dist_train.recipe import list_recipes, load_recipe
 from recipes.defect_detection.data import epoch_rows
+from recipes.defect_detection.losses import cross_entropy
 from recipes.defect_detection.networks import build_backbone
 from recipes.defect_detection.task import DefectTask
+from recipes.defect_detection.texture import texture_features
 from tests.parts import SETTINGS, write_parts
 from tests.ranks import run_ranks
 from tests.recipe_steps import take_steps
@@ -153,8 +155,39 @@ def test_eight_images_are_learnt_by_heart(words: list[str]) -> None:
 def test_the_model_of_a_recipe_is_measured_under_fake_tensors(words: list[str]) -> None:
     from dist_train.activation_profile import measure
 
-    for more in ([], ["model.tile_px=16"], ["model.kind=convnext"]):
+    for more in ([], ["model.tile_px=16"], ["model.kind=convnext"], ["model.texture=true"]):
         task = _task(words, *more)
         length = int(task.rows("train").lengths[0])
         profile = measure(task, "bf16", False, (length, length), task.config.optim)
         assert profile.method == "fake tensors", more
+
+
+def test_texture_features_follow_the_image_that_they_are_of(words: list[str]) -> None:
+    task = _task(words, "model.texture=true", "augment.scratches=0.5")
+    batch = _batch(task, list(range(30)))
+    for image, texture in zip(batch["image"].numpy(), batch["texture"].numpy(), strict=True):
+        np.testing.assert_allclose(texture, texture_features(image), rtol=1e-5, atol=1e-6)
+    rows = task.rows("test/blur-2")
+    blurred = task.collate(rows.take(np.arange(3)), np.arange(3, dtype=np.uint64))
+    np.testing.assert_allclose(
+        blurred["texture"][1], texture_features(blurred["image"][1].numpy()), rtol=1e-5, atol=1e-6
+    )
+    pixels = task.rows("test").take(np.array([1]))[0]
+    new = task.collate(task.encode([{"image": pixels.image[0]}]).rows, np.zeros(1, dtype=np.uint64))
+    np.testing.assert_allclose(new["texture"][0], pixels.texture, rtol=1e-5, atol=1e-6)
+
+
+def test_texture_features_alone_can_decide(words: list[str]) -> None:
+    task = _task(words, "model.texture=true")
+    torch.manual_seed(0)
+    head = task.build_model().network.texture
+    batch = _batch(task, list(range(60)))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = cross_entropy(head.train()(batch["texture"]), batch["target"]).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

@@ -143,6 +143,8 @@ class ModelConfig(Section):
     """Probability that a block is skipped in training, rising linearly to this at the last block (own networks)."""
     dropout: Share = 0.0
     """Dropout probability before the head."""
+    texture: Flag = False
+    """Give the head classical texture features of the image too, beside what the network sees in it."""
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The score is the mean over this share of the image's places, those that speak most for a defect; small defects
     need a small one, 1 takes all."""

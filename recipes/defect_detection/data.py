@@ -18,13 +18,14 @@ from dist_train.config import CachedData
 from dist_train.errors import ConfigError, DataError
 from dist_train.prepared import load_facts, write_split
 from dist_train.pretrained import fetched_model, pretrained_facts
-from recipes.defect_detection import cache, images
+from recipes.defect_detection import cache, images, texture
 from recipes.defect_detection.config import Config, DataConfig
 from recipes.defect_detection.labels import Labels, choose_labels
 from recipes.defect_detection.listing import NO_SPLIT, SPLITS, TRAIN, Row, counted
 from recipes.defect_detection.sampling import class_counts, wanted_counts
 from recipes.defect_detection.sources import describe_listing, find_listing
 from recipes.defect_detection.split import crossing, group_images, split_images
+from recipes.defect_detection.texture_store import write_textures
 
 # Changes whenever the same source would be prepared differently.
 VERSION = 1
@@ -41,7 +42,8 @@ def describe(config: Config) -> dict[str, Any]:
     elsewhere = {"path", "mask_path", "images", "synthetic"}
     keys = config.data.model_dump(mode="json", exclude=elsewhere | set(CachedData.model_fields))
     versions = [VERSION, cache.VERSION, images.VERSION]
-    return {"versions": versions, "content": content, "keys": keys, "pretrained": config.model.pretrained}
+    described = {"versions": versions, "content": content, "keys": keys, "pretrained": config.model.pretrained}
+    return {**described, "texture": texture.VERSION} if config.model.texture else described
 
 
 def pins(config: Config, say: Say) -> dict[str, str]:
@@ -76,6 +78,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     for warning in warnings:
         say(f"warning        {warning}")
     say(f"data           took {time.monotonic() - began:.1f} s")
+    textures = write_textures(folder, split_of == TRAIN, say) if config.model.texture else {}
     mean, std = _statistics(records[split_of == TRAIN], data)
     facts = {
         "sources": [{"path": str(data.path), "revision": listing.described.get("revision"), **content}],
@@ -97,6 +100,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
         "smallest_defect_px": data.smallest_defect_px,
         "unreadable": kept["unreadable"],
         "has_masks": bool(records["masked"].any()),
+        **textures,
         **pretrained_facts(config, folder),
     }
     check_mode(config, facts)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dist_train.task import Batch, weighted_sum
 from recipes.defect_detection import augment, losses
 
+# Of the texture features in training: there are many, and few images.
+_TEXTURE_DROPOUT = 0.3
 HEAT_SIDE = 24
 """Most cells of a heat map along a side; larger maps are made smaller by their maxima."""
 
@@ -41,12 +43,15 @@ class DefectNetwork(nn.Module):
         dropout: float = 0.0,
         top_share: float = 1.0,
         tiles: Tiles | None = None,
+        texture: nn.Module | None = None,
     ) -> None:
         """good: index of the class of parts without a defect. mean, std: of each channel, images being in 0..1.
-        top_share: the share of the places that count."""
+        top_share: the share of the places that count. texture: from texture features [n, d] to logits, which are
+        added."""
         super().__init__()
         described: Any = backbone
         self.backbone = backbone
+        self.texture = texture
         self.head = nn.Linear(described.out_channels, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -57,8 +62,9 @@ class DefectNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """images [n, channels, height, width] in 0..1 -> logits [n, classes], heat [n, h, w], features [n, width].
+    def forward(self, images: Tensor, textures: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """images [n, channels, height, width] in 0..1, textures [n, d] -> logits [n, classes], heat [n, h, w], features
+        [n, width].
 
         Heat is how far each place speaks for a defect: its highest logit of a defect above that of good. Without a good
         class it speaks for the predicted class.
@@ -67,8 +73,12 @@ class DefectNetwork(nn.Module):
         if self.tiles is None:
             maps, features = self._look(images)
             logits = self._pool(maps)
-            return logits, self._heat(maps, logits), features
-        return self._look_at_tiles(images, self.tiles)
+            heat = self._heat(maps, logits)
+        else:
+            logits, heat, features = self._look_at_tiles(images, self.tiles)
+        if self.texture is not None:
+            logits = logits + self.texture(textures).float()
+        return logits, heat, features
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at each place [n, classes, h, w], and the mean features [n, width]."""
@@ -129,6 +139,25 @@ class DefectNetwork(nn.Module):
         return others.amax(0) - scores[self.good]
 
 
+class TextureHead(nn.Module):
+    """Logits from classical texture features: standardised, then a small hidden layer."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], num_classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+        self.hidden = nn.Linear(len(mean), width)
+        self.out = nn.Linear(width, num_classes)
+        nn.init.normal_(self.out.weight, std=0.01)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, textures: Tensor) -> Tensor:
+        standard = ((textures - self.mean) / self.std).clamp(-5, 5)
+        return self.out(F.gelu(self.hidden(F.dropout(standard, _TEXTURE_DROPOUT, self.training))))
+
+
 class DefectClassifier(nn.Module):
     """A network with augmentation before it, and the loss or the answers behind it."""
 
@@ -157,10 +186,10 @@ class DefectClassifier(nn.Module):
         `augment.draw_parameters` gives."""
         images = batch["image"].float() / 255
         if self.training:
-            logits, _, _ = self.network(augment.apply(images, batch))
+            logits, _, _ = self.network(augment.apply(images, batch), batch.get("texture"))
             target = losses.smooth(batch["target"], self.label_smoothing)
             return weighted_sum(self.loss(logits + self.adjustment, target), batch["weight"] * batch["readable"])
-        logits, heat, features = self.network(images)
+        logits, heat, features = self.network(images, batch.get("texture"))
         answers = {"probability": (logits + self.correction).softmax(1), "peak": peak(heat), "heat": small(heat)}
         answers |= {name: batch[name] for name in ("readable", "place") if name in batch}
         return {**answers, "feature": features} if self.gives_features else answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class StoredImages:
         if zlib.crc32(image.data) != self._checks[index]:
             raise Damaged(f"image {self.table['id'][index].as_py()} (row {index} of {self._folder}) is damaged")
         return image
+
+    @functools.cached_property
+    def textures(self) -> np.ndarray:
+        """[n, features] float32, where the folder was prepared with model.texture."""
+        return np.load(self._folder / "texture.npy", mmap_mode="r")
 
     def image_or_blank(self, index: int) -> np.ndarray:
         """The image, or a black one where it is damaged."""

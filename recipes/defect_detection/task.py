@@ -22,7 +22,7 @@ from recipes.defect_detection.corruptions import CORRUPTIONS, corrupt
 from recipes.defect_detection.data import check_mode
 from recipes.defect_detection.defects import DefectShares, add_defect
 from recipes.defect_detection.images import Frame, read_frame
-from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles
+from recipes.defect_detection.model import DefectClassifier, DefectNetwork, TextureHead, Tiles
 from recipes.defect_detection.networks import build_backbone
 from recipes.defect_detection.predictions import DEFECTIVE, make_table, read_header
 from recipes.defect_detection.pretrained import PretrainedBackbone, build_pretrained, save_config
@@ -35,6 +35,7 @@ from recipes.defect_detection.sampling import (
     wanted_counts,
 )
 from recipes.defect_detection.stored import Damaged, StoredImages
+from recipes.defect_detection.texture import texture_features
 
 # Keeps the random numbers of a blend apart from those of a defect with the same seed.
 _BLEND = 1
@@ -51,6 +52,8 @@ class Example(NamedTuple):
     """float32 [labels]"""
     readable: bool = True
     trains: bool = False
+    texture: np.ndarray | None = None
+    """float32 [features], under model.texture."""
     place: tuple[float, float, float, float] | None = None
     """Of a new image: where it lies within what the network sees (top, left) and by how much it was made smaller or
     larger (height, width)."""
@@ -84,6 +87,9 @@ class DefectTask:
                 model.kind, self.facts["channels"], model.widths, model.depths, model.stem_stride, model.drop_path
             )
         tiles = None if model.tile_px is None else Tiles(model.tile_px, model.tile_overlap, model.tile_top)
+        texture = None
+        if model.texture:
+            texture = TextureHead(self.facts["texture_mean"], self.facts["texture_std"], len(self.labels))
         network = DefectNetwork(
             backbone,
             len(self.labels),
@@ -93,6 +99,7 @@ class DefectTask:
             model.dropout,
             model.top_share,
             tiles,
+            texture,
         )
         shares, own = self._sampled_shares(), self._counts / max(self._counts.sum(), 1)
         loss = losses.cross_entropy
@@ -126,6 +133,8 @@ class DefectTask:
         if examples[0].trains:
             height, width = examples[0].image.shape[1:]
             batch |= augment.draw_parameters(seeds, self.config.augment, height == width)
+        if self.config.model.texture:
+            batch["texture"] = torch.from_numpy(np.stack([self._texture(example) for example in examples]))
         if examples[0].place is not None:
             batch["place"] = torch.tensor([example.place for example in examples])
         return batch
@@ -133,8 +142,11 @@ class DefectTask:
     def example_batch(self, rows: int, length: int) -> Batch:
         image = np.zeros((self.facts["channels"], *self.facts["size"]), dtype=np.uint8)
         target = np.eye(len(self.labels), dtype=np.float32)[0]
-        seeds = np.arange(rows, dtype=np.uint64)
-        return self.collate([Example(image, target, trains=True)] * rows, seeds)
+        texture = None
+        if self.config.model.texture:
+            texture = np.zeros(len(self.facts["texture_mean"]), dtype=np.float32)
+        examples = [Example(image, target, trains=True, texture=texture)] * rows
+        return self.collate(examples, np.arange(rows, dtype=np.uint64))
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         rows = self._stored.rows(split.partition("/")[0])
@@ -194,6 +206,10 @@ class DefectTask:
                 ) from damage
             return self._stored.image_or_blank(row), False
 
+    def texture_of(self, row: int) -> np.ndarray | None:
+        """The stored texture features of an image, where the model takes them."""
+        return np.array(self._stored.textures[row]) if self.config.model.texture else None
+
     @functools.cached_property
     def _stored(self) -> StoredImages:
         return StoredImages(self.prepared)
@@ -225,6 +241,9 @@ class DefectTask:
             counts += np.array([-made, made])
         return counts / max(counts.sum(), 1)
 
+    def _texture(self, example: Example) -> np.ndarray:
+        return texture_features(example.image) if example.texture is None else example.texture
+
     def _changed(self, example: Example, seed: int) -> Example:
         """A training image with what its seed draws: a defect, and then a blend with another image."""
         if not example.trains:
@@ -243,7 +262,12 @@ class DefectTask:
             return example
         image = share * example.image.astype(np.float32) + (1 - share) * other
         target = share * example.target + (1 - share) * self._stored.targets[row]
-        return example._replace(image=np.rint(image).astype(np.uint8), target=target.astype(np.float32))
+        # Features of a blend are not the blend of features, but cheap, and what lies between both.
+        texture = example.texture
+        if texture is not None:
+            texture = (share * texture + (1 - share) * self._stored.textures[row]).astype(np.float32)
+        blended = example._replace(image=np.rint(image).astype(np.uint8), texture=texture)
+        return blended._replace(target=target.astype(np.float32))
 
     def _with_defect(self, example: Example, seed: int) -> Example:
         """A good part may get a defect, and is then a defective one."""
@@ -260,7 +284,8 @@ class DefectTask:
         image = add_defect(example.image, seed, self._defect_shares, defect, other, self.config.augment.flips)
         if image is None:
             return example
-        return example._replace(image=image, target=np.eye(2, dtype=np.float32)[DEFECTIVE])
+        texture = texture_features(image) if example.texture is not None else None
+        return example._replace(image=image, texture=texture, target=np.eye(2, dtype=np.float32)[DEFECTIVE])
 
 
 class ImageRows:
@@ -280,7 +305,8 @@ class ImageRows:
         examples = []
         for row in self._rows[indices].tolist():
             image, readable = self._task.read(row)
+            texture = self._task.texture_of(row)
             if self._corruption:
-                image = corrupt(image, self._corruption, row)
-            examples.append(Example(image, self._task._stored.targets[row], readable, self._trains))
+                image, texture = corrupt(image, self._corruption, row), None
+            examples.append(Example(image, self._task._stored.targets[row], readable, self._trains, texture))
         return examples

@@ -11,6 +11,9 @@ from functools import lru_cache
 import numpy as np
 from scipy import fft, ndimage
 
+# Changes whenever the same image would have other features.
+VERSION = 1
+
 _QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 _LEVELS = 3
 _CELL_PX = 16

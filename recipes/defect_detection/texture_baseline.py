@@ -3,7 +3,7 @@ prefers; for good parts alone, the distance from their Gaussian. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,12 @@ import numpy as np
 from dist_train.baselines import SPLITS, Tables
 from dist_train.metrics import Classification
 from dist_train.prepared import load_facts
-from dist_train.worker_pool import map_in_workers
 from recipes.defect_detection.predictions import make_table, read_header
 from recipes.defect_detection.stored import StoredImages
-from recipes.defect_detection.texture import texture_features
+from recipes.defect_detection.texture_store import compute_textures
 
 # Boosting sorts every feature of every row in memory.
 _MOST_ROWS = 20_000
-_ROWS_A_JOB = 64
 _VERSION = 1
 _STRENGTHS = (0.03, 0.3, 3.0)
 _BOOSTING = {"max_iter": 200, "learning_rate": 0.06, "max_leaf_nodes": 15, "l2_regularization": 1.0, "random_state": 0}
@@ -35,8 +33,8 @@ def train(prepared: Path) -> Tables:
     train_rows = _at_most(stored.rows("train"), _MOST_ROWS)
     truth = stored.labels[train_rows]
     rows = {split: stored.rows(split) for split in SPLITS}
-    features = {split: _features(prepared, chosen) for split, chosen in rows.items()}
-    seen = _features(prepared, train_rows)
+    features = {split: compute_textures(prepared, chosen, _silent) for split, chosen in rows.items()}
+    seen = compute_textures(prepared, train_rows, _silent)
     learns = len(np.unique(truth)) > 1
     header = read_header(facts, one_class=not learns)
     if not learns:
@@ -95,20 +93,11 @@ def _blank(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"feature": np.zeros_like(outputs["feature"])} if "feature" in outputs else {}
 
 
-def _features(prepared: Path, rows: np.ndarray) -> np.ndarray:
-    """[n, features] float32, by as many processes as there are cores."""
-    cuts = range(_ROWS_A_JOB, len(rows), _ROWS_A_JOB)
-    jobs: Iterator[tuple[Any, ...]] = ((prepared, part) for part in np.split(rows, cuts))
-    return np.concatenate(list(map_in_workers(features_of, jobs)))
-
-
-def features_of(prepared: Path, rows: np.ndarray) -> np.ndarray:
-    """The features of a few images, in a worker's process."""
-    stored = StoredImages(prepared)
-    return np.stack([texture_features(stored.image_or_blank(int(row))) for row in rows])
-
-
 def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
     if len(rows) <= most:
         return rows
     return np.sort(np.random.Generator(np.random.Philox(key=0)).choice(rows, most, replace=False, shuffle=False))
+
+
+def _silent(text: str) -> None:
+    """The report says itself that a baseline is trained."""

@@ -18,7 +18,7 @@ from recipes.defect_detection.sampling import logit_adjustment, prior_correction
 class Brightness(nn.Module):
     """A backbone whose features are the means of 4 x 4 pixels, and their opposites."""
 
-    out_channels, stride = 2, 4
+    out_channels, stride, middle = 2, 4, 2.0
 
     def forward(self, images: Tensor) -> Tensor:
         means = F.avg_pool2d(images, 4)
@@ -52,12 +52,32 @@ def test_a_small_share_of_the_places_decides_where_it_is_asked_for() -> None:
     assert one(images)[0][0, 1].item() == pytest.approx(1.0), "at least one place"
 
 
+def test_how_bright_and_how_rough_a_part_is_does_not_count_where_images_are_standardised() -> None:
+    torch.manual_seed(0)
+    network = _network()
+    network.standardise = True
+    images = torch.rand(2, 1, 16, 24)
+    logits = network(images)[0]
+    torch.testing.assert_close(network(0.2 + 0.5 * images)[0], logits)
+    torch.testing.assert_close(network(images[1:])[0], logits[1:], rtol=0, atol=0)
+    assert network(torch.full((1, 1, 16, 24), 0.3))[0].abs().max() < 1e-5, "a part of one brightness has no deviation"
+
+
 def test_the_peak_lies_where_the_defect_is() -> None:
     images = torch.zeros(2, 1, 32, 64)
     images[0, 0, 4:8, 40:44] = 1.0
     images[1, 0, 28:32, 0:4] = 1.0
     _, heat, _ = _network()(images)
-    np.testing.assert_allclose(peak(heat) * torch.tensor([32.0, 64.0]), [[6.0, 42.0], [30.0, 2.0]])
+    np.testing.assert_allclose(peak(20 * heat, 4, 2.0).detach(), [[6.0, 42.0], [30.0, 2.0]], atol=1e-4)
+
+
+def test_the_peak_lies_between_places_that_are_as_hot() -> None:
+    heat = torch.full((3, 6, 6), -50.0)
+    heat[0, 2, 3] = heat[0, 2, 4] = 5.0
+    heat[1, 0, 5] = heat[1, 1, 5] = 5.0
+    heat[1, 3, 5] = 4.0  # no neighbour of the hottest
+    heat[2] = 5.0
+    np.testing.assert_allclose(peak(heat, 8, 0.5), [[16.5, 28.5], [4.5, 40.5], [4.5, 4.5]], atol=1e-4)
 
 
 def test_without_a_good_class_the_heat_map_is_of_the_predicted_class() -> None:
@@ -99,7 +119,7 @@ def test_a_small_defect_in_a_large_frame_moves_the_score_more_with_tiles() -> No
     rise = [(logits[1, 1] - logits[0, 1]).item() for logits in (whole, tiled)]
     assert rise[1] > 8 * rise[0]
     assert heat.shape == (2, 32, 32)
-    y, x = (peak(heat)[1] * 128).tolist()
+    y, x = peak(heat, 4, 2.0)[1].tolist()
     assert 72 <= y < 80
     assert 20 <= x < 28
 

@@ -45,6 +45,23 @@ def test_features_have_the_stated_channels_and_stride_at_any_size(kind: str, ste
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_a_feature_looks_at_the_pixels_around_its_stated_middle(kind: str, stem_stride: int) -> None:
+    network = _backbone(kind, stem_stride)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.GroupNorm):  # which looks at the whole image
+            network.set_submodule(name, nn.Identity())
+        if name.endswith("conv_out"):
+            nn.init.ones_(module.gain)
+    images = torch.rand(1, 1, 400, 400, requires_grad=True)
+    place = 200 // network.stride
+    features = network(images)[0, :, place, place]
+    (gradient,) = torch.autograd.grad((features * torch.randn_like(features)).sum(), images)
+    seen = gradient[0, 0].abs().sum(1).nonzero()
+    assert (seen.min() + seen.max() + 1).item() / 2 == network.middle + place * network.stride
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_a_function_of_torchs_seed(kind: str) -> None:
     one, same, other = (list(_backbone(kind, seed=seed).parameters()) for seed in (0, 0, 1))
     assert all(torch.equal(left, right) for left, right in zip(one, same, strict=True))

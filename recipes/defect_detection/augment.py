@@ -118,12 +118,12 @@ def _places(reverse: Tensor | None, size: int, images: Tensor) -> Tensor:
 def _expose(images: Tensor, exposure: Tensor) -> Tensor:
     """Contrast about the mean, and brightness of the mean, times the factors [n, 2]."""
     gain, brightness = exposure[:, 0], exposure[:, 1]
-    offset = _row_means(images) * (brightness - gain)
+    offset = row_means(images) * (brightness - gain)
     # Two operations: one fused would round differently in the last elements of a block, wherever that ends.
     return (images * gain[:, None, None, None]).add_(offset[:, None, None, None])
 
 
-def _row_means(images: Tensor) -> Tensor:
+def row_means(images: Tensor) -> Tensor:
     """Mean of each row [n], by adding the halves to each other, which rounds alike for any batch and device."""
     sums = images.flatten(1)
     size = sums.shape[1]

@@ -143,6 +143,9 @@ class ModelConfig(Section):
     """Probability that a block is skipped in training, rising linearly to this at the last block (own networks)."""
     dropout: Share = 0.0
     """Dropout probability before the head."""
+    standardise: Flag = False
+    """Bring each image to mean 0 and deviation 1 of its own instead of the training images': where brightness and
+    roughness differ from part to part and do not tell a defect."""
     texture: Flag = False
     """Give the head classical texture features of the image too, beside what the network sees in it."""
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

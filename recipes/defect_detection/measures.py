@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dist_train.metrics import Classification, areas, ranking
 from recipes.defect_detection.decisions import ACCEPT, REJECT, REVIEW, recall_at_least
-from recipes.defect_detection.predictions import DEFECTIVE, probabilities
+from recipes.defect_detection.predictions import DEFECTIVE, HITS, probabilities
 
 FALSE_REJECTS_PER_1000 = (1, 10, 50)
 SIZES_PX = (32, 128, 512)
@@ -41,7 +41,7 @@ def measure_defects(table: pa.Table) -> Values:
     if decided:
         parts.append(_decisions(np.array(table["decision"].to_pylist()), defective))
         parts.append(_groups(table, flagged, defective))
-    if decided and "peak_in_mask" in table.column_names:
+    if decided and HITS[0] in table.column_names:
         parts.append(_hits(table, flagged & defective))
 
     def values(weights: np.ndarray) -> dict[str, float]:
@@ -116,12 +116,10 @@ def _groups(table: pa.Table, flagged: np.ndarray, defective: np.ndarray) -> Valu
 
 def _hits(table: pa.Table, found: np.ndarray) -> Values:
     """Of the defective parts that are flagged and have a mask: how often the heat map's peak, the image's middle and a
-    random point lie in it."""
-    share = table["mask_share"].to_numpy(zero_copy_only=False).astype(np.float64)
-    found = found & np.isfinite(share)
-    hit = {"random_point_in_mask": np.where(found, share, 0.0)}
-    for name in ("peak_in_mask", "centre_in_mask"):
-        hit[name] = np.array([bool(value) for value in table[name].to_pylist()]) & found
+    random point lie in it, and near it."""
+    points = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in HITS}
+    found = found & np.isfinite(points[HITS[0]])
+    hit = {name: np.where(found, values, 0.0) for name, values in points.items()}
 
     def values(weights: np.ndarray) -> dict[str, float]:
         of = weights @ found

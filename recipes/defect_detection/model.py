@@ -44,10 +44,11 @@ class DefectNetwork(nn.Module):
         top_share: float = 1.0,
         tiles: Tiles | None = None,
         texture: nn.Module | None = None,
+        standardise: bool = False,
     ) -> None:
         """good: index of the class of parts without a defect. mean, std: of each channel, images being in 0..1.
         top_share: the share of the places that count. texture: from texture features [n, d] to logits, which are
-        added."""
+        added. standardise: see `standardised`, instead of mean and std."""
         super().__init__()
         described: Any = backbone
         self.backbone = backbone
@@ -55,8 +56,8 @@ class DefectNetwork(nn.Module):
         self.head = nn.Linear(described.out_channels, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
-        self.good, self.dropout, self.top_share = good, dropout, top_share
-        self.tiles, self.stride = tiles, int(described.stride)
+        self.good, self.dropout, self.top_share, self.standardise = good, dropout, top_share, standardise
+        self.tiles, self.stride, self.middle = tiles, int(described.stride), float(described.middle)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
@@ -69,7 +70,7 @@ class DefectNetwork(nn.Module):
         Heat is how far each place speaks for a defect: its highest logit of a defect above that of good. Without a good
         class it speaks for the predicted class.
         """
-        images = (images - self.mean) / self.std
+        images = standardised(images) if self.standardise else (images - self.mean) / self.std
         if self.tiles is None:
             maps, features = self._look(images)
             logits = self._pool(maps)
@@ -121,7 +122,9 @@ class DefectNetwork(nn.Module):
         shape = (heat.shape[0], -(-height // step), -(-width // step))
         whole = heat.new_full(shape, torch.finfo(heat.dtype).min)
         for index, (top, left) in enumerate(places):
-            part = (slice(None), slice(top // step, top // step + side[0]), slice(left // step, left // step + side[1]))
+            # Rounded up: the last tile, which may begin between two places, then reaches the last place.
+            row, column = -(-top // step), -(-left // step)
+            part = (slice(None), slice(row, row + side[0]), slice(column, column + side[1]))
             whole[part] = torch.maximum(whole[part], heat[:, index, : whole[part].shape[1], : whole[part].shape[2]])
         return whole
 
@@ -137,6 +140,13 @@ class DefectNetwork(nn.Module):
             return scores.amax(0) - scores.mean(0)
         others = torch.cat([scores[: self.good], scores[self.good + 1 :]])
         return others.amax(0) - scores[self.good]
+
+
+def standardised(images: Tensor) -> Tensor:
+    """Each image [n, channels, height, width] in 0..1 less its own mean, over its own standard deviation: how bright
+    and how rough a part is no longer hides what is small on it."""
+    centred = images - augment.row_means(images)[:, None, None, None]
+    return centred / augment.row_means(centred.square()).sqrt().clamp(min=1 / 255)[:, None, None, None]
 
 
 class TextureHead(nn.Module):
@@ -190,7 +200,8 @@ class DefectClassifier(nn.Module):
             target = losses.smooth(batch["target"], self.label_smoothing)
             return weighted_sum(self.loss(logits + self.adjustment, target), batch["weight"] * batch["readable"])
         logits, heat, features = self.network(images, batch.get("texture"))
-        answers = {"probability": (logits + self.correction).softmax(1), "peak": peak(heat), "heat": small(heat)}
+        where = peak(heat, self.network.stride, self.network.middle) / torch.tensor(images.shape[2:], device=heat.device)
+        answers = {"probability": (logits + self.correction).softmax(1), "peak": where, "heat": small(heat)}
         answers |= {name: batch[name] for name in ("readable", "place") if name in batch}
         return {**answers, "feature": features} if self.gives_features else answers
 
@@ -204,11 +215,23 @@ def tile_starts(length: int, tiles: Tiles, step: int) -> list[int]:
     return [*range(0, length - tiles.size, stride), length - tiles.size]
 
 
-def peak(heat: Tensor) -> Tensor:
-    """The middle of the hottest cell of each map [n, h, w], as shares of height and width: [n, 2]."""
+def peak(heat: Tensor, stride: int, middle: float) -> Tensor:
+    """Where each map [n, h, w] of logits is hottest, as (y, x) in pixels [n, 2]: the mean of the hottest place and its
+    neighbours, weighed by the exponentials of their logits.
+
+    stride: pixels from one place to the next; middle: from the image's edge to the middle of the first.
+    """
     _, height, width = heat.shape
     place = heat.flatten(1).argmax(1)
-    return torch.stack([(place // width + 0.5) / height, (place % width + 0.5) / width], 1)
+    centre = torch.stack([place // width, place % width], 1)
+    around = torch.arange(-1, 2, device=heat.device)
+    rows, columns = centre[:, :1] + around, centre[:, 1:] + around
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    flat = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    near = heat.flatten(1).gather(1, flat.flatten(1)).masked_fill(~inside.flatten(1), -torch.inf)
+    weight = near.softmax(1).view(-1, 3, 3)
+    aside = torch.stack([weight.sum(2) @ around.float(), weight.sum(1) @ around.float()], 1)
+    return (centre + aside) * stride + middle
 
 
 def small(heat: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ def build_backbone(
 
     kind: resnet or convnext. widths, depths: the channels and the blocks of each stage; each stage but the first
     halves the image. stem_stride: 1, 2 or 4. drop_path: the probability that an image skips the last block in
-    training; it rises linearly from 0 at the first. The module tells its `out_channels` and `stride`. Its weights
-    depend on torch's seed alone, and the features of an image on that image alone.
+    training; it rises linearly from 0 at the first. The module tells its `out_channels` and `stride`, and in `middle`
+    where the middle of its first feature lies, in pixels from the image's edge. Its weights depend on torch's seed alone, and the features of an image on that image alone.
     """
     channels = [width for width, depth in zip(widths, depths, strict=True) for _ in range(depth)]
     strides = [2 if stage > 0 and block == 0 else 1 for stage, depth in enumerate(depths) for block in range(depth)]
@@ -104,6 +104,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.out_channels, self.stride = channels[-1], stem_stride * math.prod(strides)
+        self.middle = 0.5  # filters of odd sizes stay centred on each second feature
         first = channels[0] if stem_stride < 4 else channels[0] // 2
         self.stem = nn.Conv2d(in_channels, first, 5, min(stem_stride, 2), padding=2)
         self.stem_halving = nn.Conv2d(first, channels[0], 3, 2, padding=1) if stem_stride == 4 else None
@@ -173,6 +174,8 @@ class ConvNeXt(nn.Module):
         self.out_channels, self.stride = channels[-1], stem_stride * math.prod(strides)
         self.stem_stride = stem_stride
         overlaps = stem_stride < 4
+        # A filter of 2 x 2 features lies between them.
+        self.middle = 0.5 + (self.stride - stem_stride) / 2 if overlaps else self.stride / 2
         self.stem = nn.Conv2d(in_channels, channels[0], 3 if overlaps else 4, stem_stride, padding=1 if overlaps else 0)
         self.stem_norm = nn.LayerNorm(channels[0])
         inputs = [channels[0], *channels]

@@ -26,6 +26,7 @@ class PretrainedBackbone(nn.Module):
         self.model = model
         self.in_channels = int(getattr(model.config, "num_channels", 3))
         self.out_channels, self.stride = _shape_of(model)
+        self.middle = self.stride / 2
         # Statistics of a batch would differ with the ranks that share it: they stay those of the pretraining.
         self._frozen = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 

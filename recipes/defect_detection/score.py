@@ -14,7 +14,7 @@ from dist_train.metrics import Classification
 from recipes.defect_detection import decisions, gallery, texture_baseline
 from recipes.defect_detection.config import Config
 from recipes.defect_detection.measures import measure_defects, recall_name
-from recipes.defect_detection.predictions import header_of, probabilities
+from recipes.defect_detection.predictions import HITS, header_of, probabilities
 
 METRIC = "pr_auc"
 METRICS = ("pr_auc", "f1", "macro_f1", "roc_auc", "accuracy")
@@ -67,12 +67,12 @@ def remarks(metrics: Mapping[str, Any]) -> list[str]:
         )
     if overkill is not None:
         sentences.append(f"{overkill:.1%} of the good parts are rejected; {review:.1%} of all go to an operator.")
-    hit = metrics.get("peak_in_mask", {"value": None})["value"]
-    if hit is not None:
-        others = [metrics[name]["value"] for name in ("centre_in_mask", "random_point_in_mask")]
+    if metrics.get(HITS[0], {"value": None})["value"] is not None:
+        peak, middle, random, near_peak, near_middle, near_random = (metrics[name]["value"] for name in HITS)
         sentences.append(
-            f"The heat map's peak lies in the marked defect of {hit:.1%} of the found parts; the image's middle does "
-            f"in {others[0]:.1%} of them, a random point in {others[1]:.1%}."
+            f"The heat map's peak lies in the marked defect of {peak:.1%} of the found parts; the image's middle does "
+            f"in {middle:.1%} of them, a random point in {random:.1%}. Within half a cell of the map of it they lie in "
+            f"{near_peak:.1%}, {near_middle:.1%} and {near_random:.1%}."
         )
     return sentences
 

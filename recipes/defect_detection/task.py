@@ -100,6 +100,7 @@ class DefectTask:
             model.top_share,
             tiles,
             texture,
+            model.standardise,
         )
         shares, own = self._sampled_shares(), self._counts / max(self._counts.sum(), 1)
         loss = losses.cross_entropy

@@ -200,7 +200,8 @@ class DefectClassifier(nn.Module):
             target = losses.smooth(batch["target"], self.label_smoothing)
             return weighted_sum(self.loss(logits + self.adjustment, target), batch["weight"] * batch["readable"])
         logits, heat, features = self.network(images, batch.get("texture"))
-        where = peak(heat, self.network.stride, self.network.middle) / torch.tensor(images.shape[2:], device=heat.device)
+        size = torch.tensor(images.shape[2:], device=heat.device)
+        where = peak(heat, self.network.stride, self.network.middle) / size
         answers = {"probability": (logits + self.correction).softmax(1), "peak": where, "heat": small(heat)}
         answers |= {name: batch[name] for name in ("readable", "place") if name in batch}
         return {**answers, "feature": features} if self.gives_features else answers

@@ -20,7 +20,8 @@ def build_backbone(
     kind: resnet or convnext. widths, depths: the channels and the blocks of each stage; each stage but the first
     halves the image. stem_stride: 1, 2 or 4. drop_path: the probability that an image skips the last block in
     training; it rises linearly from 0 at the first. The module tells its `out_channels` and `stride`, and in `middle`
-    where the middle of its first feature lies, in pixels from the image's edge. Its weights depend on torch's seed alone, and the features of an image on that image alone.
+    where the middle of its first feature lies, in pixels from the image's edge. Its weights depend on torch's seed
+    alone, and the features of an image on that image alone.
     """
     channels = [width for width, depth in zip(widths, depths, strict=True) for _ in range(depth)]
     strides = [2 if stage > 0 and block == 0 else 1 for stage, depth in enumerate(depths) for block in range(depth)]

@@ -11,8 +11,11 @@ import transformers
 
 from dist_train.errors import ConfigError, DataError, UnsafeInputError
 from dist_train.parity import has_batch_statistics
+from dist_train.prepared import load_facts, prepare
 from recipes.defect_detection.config import Config
 from recipes.defect_detection.pretrained import CONFIG_FILE, PretrainedBackbone, build_pretrained, save_config
+from tests.hub_server import serving
+from tests.pictures import RECIPE, config_of
 
 MODELS: dict[str, Any] = {
     "resnet": lambda: transformers.ResNetModel(
@@ -86,6 +89,24 @@ def test_a_model_folder_holds_the_config_and_needs_no_hub(folder: Path, tmp_path
     assert isinstance(again, PretrainedBackbone)
     again.load_state_dict(backbone.state_dict())
     assert (tmp_path / CONFIG_FILE).is_file()
+
+
+def test_another_commit_of_a_hub_model_is_prepared_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        facts = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            MODELS["resnet"]().save_pretrained(tmp_path / f"model{seed}")
+            commit = hub.put("own/resnet", tmp_path / f"model{seed}")
+            model = {"pretrained": "own/resnet", "revision": commit}
+            config = config_of(tmp_path / "cache", {"model": model}, path="synthetic", images=60)
+            facts.append(load_facts(prepare(config, RECIPE, lambda text: None)))
+            assert facts[-1]["pretrained"]["revision"] == commit
+    assert facts[0]["fingerprint"] != facts[1]["fingerprint"]
 
 
 def test_images_of_another_size_than_the_patches_were_made_for_are_refused(tmp_path: Path) -> None:

@@ -337,6 +337,14 @@ def test_a_saved_image_set_is_read_with_class_names_and_masks(image_set: Path, t
     assert [row.item for row in listing.rows][:4] == ["0", "0", "1", "1"]
 
 
+def test_other_columns_of_an_image_set_are_other_images(image_set: Path, tmp_path: Path) -> None:
+    first, _ = prepare_images(tmp_path, path=image_set / "alone", file_column="image")
+    second, _ = prepare_images(tmp_path, path=image_set / "alone", file_column="image", mask_column="outline")
+    assert first.mask(1) is None
+    assert second.mask(1) is not None
+    assert len(list(tmp_path.glob("images-*"))) == 2
+
+
 def test_the_splits_of_an_image_set_are_the_split(image_set: Path, tmp_path: Path) -> None:
     stored, facts = prepare_images(tmp_path, path=image_set / "split", file_column="image")
     assert len(stored.rows("test")) == 6

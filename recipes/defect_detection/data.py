@@ -43,6 +43,9 @@ def describe(config: Config) -> dict[str, Any]:
     keys = config.data.model_dump(mode="json", exclude=elsewhere | set(CachedData.model_fields))
     versions = [VERSION, cache.VERSION, images.VERSION]
     described = {"versions": versions, "content": content, "keys": keys, "pretrained": config.model.pretrained}
+    fetched = fetched_model(config)
+    if fetched is not None:
+        described["commit"] = fetched.revision  # facts.json names it, and the folder that the ranks read
     return {**described, "texture": texture.VERSION} if config.model.texture else described
 
 

@@ -202,7 +202,7 @@ def _list_dataset(sets: dict[str, Any], data: DataConfig) -> Listing:
             raise DataError(f"{data.path}: the split {name!r} is not known; allowed are train, validation and test.")
         image = _image_column(dataset, data)
         parts.append((len(listing.rows), dataset, image))
-        fingerprints.append([name, str(dataset._fingerprint), len(dataset)])
+        fingerprints.append([name, str(dataset._fingerprint), len(dataset), image, data.mask_column])
         listing.described["revision"] = datasets_source.resolved_revision(dataset)
         _add_rows(listing, dataset, f"{data.path}{f' ({name})' if name else ''}", name or "row", split, data)
     listing.described["sets"] = fingerprints

@@ -271,8 +271,8 @@ def test_deep_grey_images_are_scaled_by_the_bits_that_they_share(tmp_path: Path)
     said: list[str] = []
     stored, facts = prepare_images(tmp_path / "cache", said, path=parts)
     assert facts["bits"] == 12
-    assert any("12 images are 16-bit grey and use 12 bits" in line for line in said)
-    assert facts["conversions"] == {"16-bit grey scaled to 8 bits": 12}
+    assert any("12 images are of 16 bits and use 12 bits" in line for line in said)
+    assert facts["conversions"] == {"16-bit pixels scaled to 8 bits": 12}
     for index, row in enumerate(stored.table.to_pylist()):
         read = np.asarray(Image.open(parts / row["id"])).astype(float)
         read = read / 4095 * 255 if "deep" in row["id"] else read

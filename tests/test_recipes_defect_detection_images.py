@@ -101,11 +101,69 @@ def test_deep_grey_is_scaled_by_its_depth_and_not_clipped(kind: str) -> None:
     deep = Image.fromarray(VALUES.astype(np.uint16) * 257)
     read, notes = _read(_saved(deep, kind))
     assert (read[0] == VALUES).all()
-    assert notes == ["16-bit grey scaled to 8 bits"]
+    assert notes == ["16-bit pixels scaled to 8 bits"]
     twelve = Image.fromarray((VALUES.astype(np.uint16) << 4) + (VALUES >> 4))
     read = fit_image(decode_image(_saved(twelve, kind), Format(24, 24, 1, "pad", bits=12)).image, GREY)
     assert (read[0] == VALUES).all()
     assert decode_image(_saved(twelve, kind), GREY).largest == int(VALUES.max()) * 16 + int(VALUES.max() >> 4)
+
+
+def _deep_png(values: np.ndarray) -> bytes:
+    """A PNG of uint16 [height, width, channels], which Pillow cannot write."""
+    height, width, channels = values.shape
+    colour = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in [*chunks, (b"IEND", b"")]:
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return data
+
+
+def _deep_tiff(values: np.ndarray, order: str) -> bytes:
+    """A TIFF of uint16 [height, width, 3], bare; order: < or >."""
+    height, width, channels = values.shape
+    tags = {256: width, 257: height, 258: 0, 259: 1, 262: 2, 273: 8, 277: channels, 278: height, 279: values.nbytes}
+    content = values.astype(f"{order}u2").tobytes()
+    bits_at = 8 + len(content)
+    data = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, bits_at + 6) + content
+    data += struct.pack(f"{order}3H", 16, 16, 16) + struct.pack(f"{order}H", len(tags))
+    for tag, value in tags.items():
+        data += struct.pack(f"{order}HHII", tag, *((3, 3, bits_at) if tag == 258 else (4, 1, value)))
+    return data + struct.pack(f"{order}I", 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF<", "TIFF>"])
+def test_deep_colour_is_scaled_by_its_depth_as_grey_is(kind: str) -> None:
+    rgb = pixels(1, channels=3)
+
+    def written(values: np.ndarray) -> bytes:
+        return _deep_png(values) if kind == "PNG" else _deep_tiff(values, kind[-1])
+
+    read, notes = _read(written(rgb.astype(np.uint16) * 257), COLOUR)
+    assert (read.transpose(1, 2, 0) == rgb).all()
+    assert notes == ["16-bit pixels scaled to 8 bits"]
+    twelve = (rgb.astype(np.uint16) << 4) + (rgb >> 4)
+    assert decode_image(written(twelve), COLOUR).largest == twelve.max()
+    read = fit_image(decode_image(written(twelve), Format(24, 24, 3, "pad", bits=12)).image, COLOUR)
+    assert (read.transpose(1, 2, 0) == rgb).all()
+    assert (read_frame(twelve, DataConfig(size_px=24, channels=3), bits=12).image == read).all()
+    marked = np.zeros((24, 24, 3), dtype=np.uint16)
+    marked[3:5, 6:9, 1] = 7
+    assert (decode_mask(written(marked)) == (marked[:, :, 1] > 0)).all()
+
+
+def test_deep_pixels_with_alpha_are_scaled_too() -> None:
+    rgb, alpha = pixels(1, channels=3).astype(np.uint16), np.full((24, 24, 1), 65535, dtype=np.uint16)
+    alpha[:, :12] = 0
+    read, notes = _read(_deep_png(np.concatenate([rgb * 257, alpha], 2)), COLOUR)
+    assert (read[:, :, 12:].transpose(1, 2, 0) == rgb[:, 12:]).all()
+    assert not read[:, :, :12].any()
+    assert notes == ["16-bit pixels scaled to 8 bits", "transparent parts made black"]
+    grey = np.concatenate([VALUES[:, :, None].astype(np.uint16) << 4 | VALUES[:, :, None] >> 4, alpha], 2)
+    decoded = decode_image(_deep_png(grey), Format(24, 24, 1, "pad", bits=12))
+    assert (fit_image(decoded.image, GREY)[0, :, 12:] == VALUES[:, 12:]).all()
+    assert decoded.largest == grey[:, :, 0].max()
 
 
 def test_float_pixels_from_0_to_1_are_scaled_and_others_refused() -> None:

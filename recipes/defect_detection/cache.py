@@ -38,7 +38,7 @@ RECORD = np.dtype(
         ("pixel_hash", "V16"),
         ("file_hash", "V16"),
         ("notes", "<u2"),
-        ("largest", "<u2"),  # value of a 16-bit grey image
+        ("largest", "<u2"),  # value of a 16-bit image
         ("height", "<i4"),  # of the image as it was
         ("width", "<i4"),
         ("masked", "?"),
@@ -174,7 +174,7 @@ def _by_true_depth(records: np.ndarray, form: Format, say: Say) -> tuple[Format,
         return form, deep
     used = int(records["largest"][deep].max()).bit_length()
     bits = next(depth for depth in _DEPTHS if depth >= used)
-    say(f"data           {len(deep)} images are 16-bit grey and use {bits} bits: 0 … {2**bits - 1} become 8 bits")
+    say(f"data           {len(deep)} images are of 16 bits and use {bits} bits: 0 … {2**bits - 1} become 8 bits")
     return Format(form.height, form.width, form.channels, form.fit, bits), deep if bits < form.bits else deep[:0]
 
 

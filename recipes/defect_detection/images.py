@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,16 +17,17 @@ from scipy import ndimage
 
 from dist_train.errors import DataError
 from recipes.defect_detection.config import DataConfig
+from recipes.defect_detection.deep_colour import LowBytes, open_low_bytes
 
 # Changes whenever the same file would be read into other pixels.
-VERSION = 1
+VERSION = 2
 
 _COMMON = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
 SUFFIXES = frozenset((*_COMMON, ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".tga"))
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
 NOTES = (
     "colour made grey",
-    "16-bit grey scaled to 8 bits",
+    "16-bit pixels scaled to 8 bits",
     "float pixels from 0 to 1 scaled to 8 bits",
     "transparent parts made black",
     "turned upright as their EXIF says",
@@ -53,7 +54,7 @@ class Format:
     channels: Literal[1, 3]
     fit: Literal["pad", "stretch"]
     bits: int = 16
-    """Bits that 16-bit grey images really use: cameras keep 10, 12 or 14 bits in 16."""
+    """Bits that 16-bit images really use: cameras keep 10, 12 or 14 bits in 16."""
 
     def placed(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Height and width that an image is resized to, and the place of its upper left corner in the form."""
@@ -87,7 +88,7 @@ def read_frame(source: str | bytes | np.ndarray, data: DataConfig, bits: int = 1
     form = format_of(data, bits)
     try:
         if isinstance(source, np.ndarray):
-            image = _converted(_from_array(source), form).image
+            image = _converted(_from_array(source, bits), form).image
         else:
             image = decode_image(Path(source).read_bytes() if isinstance(source, str) else source, form).image
     except OSError as error:
@@ -98,7 +99,7 @@ def read_frame(source: str | bytes | np.ndarray, data: DataConfig, bits: int = 1
     return Frame(fit_image(image, form), (top, left, rows / image.height, columns / image.width))
 
 
-def _from_array(values: np.ndarray) -> Image.Image:
+def _from_array(values: np.ndarray, bits: int) -> Image.Image:
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
     shapes = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
@@ -109,6 +110,8 @@ def _from_array(values: np.ndarray) -> Image.Image:
         )
     if values.dtype == np.float64:
         values = values.astype(np.float32)
+    if values.dtype == np.uint16 and values.ndim == 3:
+        values = _to_bytes(values, bits)
     try:
         return Image.fromarray(np.ascontiguousarray(values))
     except (TypeError, ValueError) as error:
@@ -121,16 +124,23 @@ class Decoded:
     """Mode L or RGB, upright, in its own size."""
     notes: int
     largest: int = 0
-    """Largest value of a 16-bit grey image."""
+    """Largest value of a 16-bit image."""
 
 
 def decode_image(data: bytes, form: Format) -> Decoded:
     """The image in a file's bytes. UnreadableError."""
-    image, turned = _open(data)
-    return _converted(image, form, _TURNED if turned else 0)
+    opened = _open(data)
+    image, notes = opened.image, _TURNED if opened.turned else 0
+    if opened.low is None:
+        return _converted(image, form, notes)
+    values, alpha = opened.low.joined(image)
+    scaled = Image.fromarray(_to_bytes(values, form.bits))
+    if alpha is not None:
+        scaled.putalpha(Image.fromarray(alpha))
+    return _converted(scaled, form, notes | _DEEP, int(values.max()))
 
 
-def _converted(image: Image.Image, form: Format, notes: int = 0) -> Decoded:
+def _converted(image: Image.Image, form: Format, notes: int = 0, largest: int = 0) -> Decoded:
     """In the mode that the form asks for."""
     if image.mode.startswith("I") or image.mode == "F":
         grey, largest = _scaled(image, form.bits)
@@ -150,14 +160,18 @@ def _converted(image: Image.Image, form: Format, notes: int = 0) -> Decoded:
         image = image.convert("RGB")
     if form.channels == 1 and image.mode == "RGB" and _is_coloured(image):
         notes |= _GREY
-    return Decoded(_with_channels(image, form.channels), notes)
+    return Decoded(_with_channels(image, form.channels), notes, largest)
 
 
 def decode_mask(data: bytes) -> np.ndarray:
     """bool [height, width], true in the defect: whatever is not black. UnreadableError."""
-    image, _ = _open(data)
+    opened = _open(data)
+    image = opened.image
     if image.mode.startswith("I") or image.mode == "F":
         return np.asarray(image) > 0
+    if opened.low is not None:
+        values, alpha = opened.low.joined(image)
+        return (values.max(axis=2) > 0) & (True if alpha is None else alpha > 0)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -165,8 +179,18 @@ def decode_mask(data: bytes) -> np.ndarray:
     return values >= (_JPEG_MASK_FROM if image.format in ("JPEG", "MPO") else 1)
 
 
-def _open(data: bytes) -> tuple[Image.Image, bool]:
-    """The only picture of a file, decoded and upright, and whether it was turned for that."""
+@dataclass(frozen=True)
+class _Opened:
+    """The only picture of a file, decoded and upright."""
+
+    image: Image.Image
+    turned: bool
+    """For that, as its EXIF says."""
+    low: LowBytes | None
+    """The low bytes of colour of 16 bits, of which the image has the high ones."""
+
+
+def _open(data: bytes) -> _Opened:
     if not data:
         raise UnreadableError("is empty (0 bytes)")
     try:
@@ -178,13 +202,14 @@ def _open(data: bytes) -> tuple[Image.Image, bool]:
             # A camera's MPO holds previews behind its picture.
             if frames > 1 and file_format != "MPO":
                 raise UnreadableError(f"holds {frames} pictures, as an animation does: keep one in a file")
+            low = open_low_bytes(image, data)
             image.load()
             orientation = _orientation(image)
-            if orientation != 1:
-                info = image.info
-                image = ImageOps.exif_transpose(image)
-                image.info.update({key: info[key] for key in ("transparency",) if key in info})
+            image = _upright(image, orientation)
             image.format = file_format
+            if low is not None:
+                low.image.load()
+                low = replace(low, image=_upright(low.image, orientation))
     except UnreadableError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -194,7 +219,16 @@ def _open(data: bytes) -> tuple[Image.Image, bool]:
         raise UnreadableError("is no image of a known format") from None
     except Exception as error:  # Pillow raises what its decoders raise: OSError, SyntaxError, struct.error and others
         raise UnreadableError(f"is damaged: {str(error) or type(error).__name__}") from None
-    return image, orientation != 1
+    return _Opened(image, orientation != 1, low)
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    info = image.info
+    image = ImageOps.exif_transpose(image)
+    image.info.update({key: info[key] for key in ("transparency",) if key in info})
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -216,9 +250,13 @@ def _scaled(image: Image.Image, bits: int) -> tuple[np.ndarray, int]:
     lowest, largest = int(values.min()), int(values.max())
     if lowest < 0 or largest >= 2**16:
         raise UnreadableError(f"has 32-bit pixels from {lowest} to {largest}; allowed are 0 to 65535")
+    return _to_bytes(values, bits), largest
+
+
+def _to_bytes(values: np.ndarray, bits: int) -> np.ndarray:
     most = 2**bits - 1
     scaled = (np.minimum(values.astype(np.uint32), most) * 255 + most // 2) // most
-    return scaled.astype(np.uint8), largest
+    return scaled.astype(np.uint8)
 
 
 def _is_coloured(image: Image.Image) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -152,3 +154,25 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         Config(recipe="defect_detection", augment={"scratches": 0.6, "paste": 0.5})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"task.mode is one_class, but data.target is classes"):
         Config(recipe="defect_detection", task={"mode": "one_class"}, data={"target": "classes"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "value"),
+    [
+        ("classes", "eval.metric", "f1"),
+        ("defective", "eval.metric", "macro_f1"),
+        ("classes", "augment.scratches", 0.1),
+        ("classes", "augment.paste", 0.1),
+        ("classes", "task.deployed_share", 0.01),
+        ("classes", "task.cost_escape", 5.0),
+    ],
+)
+def test_what_says_nothing_of_the_target_is_refused(target: str, key: str, value: Any) -> None:
+    group, name = key.split(".")
+    other = {"classes": "defective", "defective": "classes"}[target]
+    with pytest.raises(ValueError, match=rf"{key} is {value}, but data.target is {target}.*data.target to {other}"):
+        Config(recipe="defect_detection", data={"target": target}, **{group: {name: value}})
+    if key != "eval.metric":
+        default = type(getattr(Config(recipe="defect_detection"), group)).model_fields[name].default
+        Config(recipe="defect_detection", data={"target": target}, **{group: {name: default}})
+    Config(recipe="defect_detection", data={"target": other}, **{group: {name: value}})

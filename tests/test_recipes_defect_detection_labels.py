@@ -11,6 +11,7 @@ import pytest
 
 from dist_train.errors import ConfigError, DataError
 from recipes.defect_detection import data as prepared_data
+from recipes.defect_detection.predictions import read_header
 from tests.pictures import config_of, prepare_images, write_classes, write_image, write_mask, write_table
 
 SPLITS = ("train", "validation", "test")
@@ -63,6 +64,15 @@ def test_classes_are_sorted_behind_the_good_one(tmp_path: Path) -> None:
     _, facts = prepare_images(tmp_path / "cache", path=parts, target="classes")
     assert facts["labels"] == ["a", "z"]
     assert facts["good"] is None
+
+
+def test_classes_that_are_called_good_and_defective_are_classes(tmp_path: Path) -> None:
+    parts = write_classes(tmp_path / "parts", {"good": 6, "defective": 6})
+    for target in ("classes", "defective"):
+        _, facts = prepare_images(tmp_path / "cache", path=parts, target=target)
+        assert facts["labels"] == ["good", "defective"]
+        assert read_header(facts).is_binary == (target == "defective")
+        assert read_header(facts).good == 0
 
 
 def test_a_class_that_cannot_lie_in_all_splits_is_refused_but_a_kind_of_defect_may(tmp_path: Path) -> None:

@@ -9,6 +9,13 @@ from pydantic import Field, field_validator, model_validator
 
 from dist_train.config import CachedData, Flag, Positive, RunConfig, Section, Share, path_field
 
+# Keys that say nothing where data.target is classes, and why.
+_OF_DEFECTIVE = {
+    "augment.scratches": "a part with a drawn scratch is defective, but of no class of the data",
+    "augment.paste": "a part with a pasted defect is defective, but of no class of the data",
+    "task.deployed_share": "answers are corrected for the share of defective parts, and there are classes instead",
+    "task.cost_escape": "which parts in doubt are reviewed follows from task.cost_review and task.cost_overkill alone",
+}
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -246,4 +253,28 @@ class Config(RunConfig):
                 "task.mode is one_class, but data.target is classes: good parts alone tell good from defective. Set "
                 "data.target to defective, or task.mode to auto"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _the_metric_is_of_the_target(self) -> Self:
+        target, metric = self.data.target, self.eval.metric
+        other = {("classes", "f1"): "macro_f1", ("defective", "macro_f1"): "f1"}.get((target, str(metric)))
+        if other is not None:
+            raise ValueError(
+                f"eval.metric is {metric}, but data.target is {target}, of which it is not measured: set eval.metric "
+                f"to {other}, or data.target to {'defective' if target == 'classes' else 'classes'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_are_not_defective(self) -> Self:
+        for key, why in _OF_DEFECTIVE.items():
+            group, name = key.split(".")
+            section = getattr(self, group)
+            value, default = getattr(section, name), type(section).model_fields[name].default
+            if self.data.target == "classes" and value != default:
+                raise ValueError(
+                    f"{key} is {value}, but data.target is classes: {why}. Set data.target to defective, or {key} to "
+                    f"{'null' if default is None else default}"
+                )
         return self

@@ -28,7 +28,7 @@ from recipes.defect_detection.split import crossing, group_images, split_images
 from recipes.defect_detection.texture_store import write_textures
 
 # Changes whenever the same source would be prepared differently.
-VERSION = 1
+VERSION = 2
 ALL = "all"
 # From here on a resized part looks like another one.
 _MOST_STRETCH = 1.5
@@ -88,6 +88,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
         "rows": len(rows),
         "items": len({row.item for row in rows}),
         "labels": labels.names,
+        "is_binary": data.target == "defective",
         "types": sorted({kind for kind in labels.types if kind}),
         "good": labels.good,
         "size": list(data.height_width),

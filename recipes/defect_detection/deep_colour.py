@@ -38,7 +38,8 @@ class LowBytes:
 def open_low_bytes(image: Image.Image, data: bytes) -> LowBytes | None:
     """Of a picture that is opened from the file's bytes and not loaded yet; not loaded either. None where a value has
     one byte, or Pillow keeps both, as of grey."""
-    rawmode = _rawmode(image.tile[0].args) if getattr(image, "tile", None) else ""
+    tiles: Any = getattr(image, "tile", None)
+    rawmode = _rawmode(tiles[0].args) if tiles else ""
     match = _UNPACKED.fullmatch(rawmode)
     if match is None and rawmode != _GREY_ALPHA:
         return None

@@ -35,9 +35,15 @@ class Header:
 
 def read_header(facts: Mapping[str, Any], one_class: bool = False) -> Header:
     """From the facts of prepared data."""
-    labels, is_binary = facts["labels"], facts["labels"] == BINARY
-    good = 0 if is_binary else labels.index(facts["good"]) if facts["good"] in labels else None
-    return Header(labels, good, is_binary, one_class)
+    labels, binary = facts["labels"], is_binary(facts)
+    good = 0 if binary else labels.index(facts["good"]) if facts["good"] in labels else None
+    return Header(labels, good, binary, one_class)
+
+
+def is_binary(facts: Mapping[str, Any]) -> bool:
+    """Whether the target is good or defective; two classes may be called so too."""
+    # Models that were saved before the facts said so are told by the labels.
+    return bool(facts.get("is_binary", facts["labels"] == BINARY))
 
 
 def make_table(rows: pa.Table, outputs: Mapping[str, np.ndarray], header: Header, masks: Any = None) -> pa.Table:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dist_train.data import mix64
 from recipes.defect_detection.config import Config
-from recipes.defect_detection.predictions import BINARY, DEFECTIVE
+from recipes.defect_detection.predictions import BINARY, DEFECTIVE, is_binary
 
 # A repeated image's id: far above any row number, so that each repetition is augmented in its own way.
 _REPETITION = 1 << 40
@@ -19,7 +19,7 @@ def is_one_class(config: Config, facts: dict[str, Any]) -> bool:
     if config.task.mode == "one_class":
         return True
     counts = facts["splits"]["train"]["labels"]
-    return config.task.mode == "auto" and facts["labels"] == BINARY and not counts.get(BINARY[DEFECTIVE], 0)
+    return config.task.mode == "auto" and is_binary(facts) and not counts.get(BINARY[DEFECTIVE], 0)
 
 
 def class_counts(config: Config, facts: dict[str, Any]) -> np.ndarray:

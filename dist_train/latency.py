@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         began = time.monotonic()
         predictor = Predictor(folder)
         loaded = time.monotonic() - began
-        records = next(read_records(source))
+        records = next(read_records(source, predictor.file_columns))
         measured: dict[str, Any] = {
             "threads": int(threads),
             "device": predictor.device_name,

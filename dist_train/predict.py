@@ -1,7 +1,7 @@
 """Predict with a model folder: the same answers from Python, from the command line, and on any number of ranks.
 
 The work is cut into chunks of rows; a chunk is computed alike wherever it runs, so that ranks need not know each other:
-python -m dist_train.predict FOLDER INPUT OUT ID_COLUMN RANK WORLD_SIZE
+python -m dist_train.predict FOLDER INPUT ROOT OUT ID_COLUMN RANK WORLD_SIZE
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from torch import Tensor
 from dist_train.errors import ConfigError, DataError, ToolkitError
 from dist_train.evaluate import forward_rows
 from dist_train.model_folder import LoadedModel, load_model_folder
-from dist_train.records import chunks_of, read_records
+from dist_train.records import CHUNK_ROWS, chunks_of, read_records
 from dist_train.rundir import find_model_folder
 from dist_train.task import Batch
 
 # Padded positions of a batch on a CPU: activations that leave the cache cost more than the larger products save. 10,000
 # tickets took 4.1 s in batches of about this size and 6.3 s in batches of 256 rows.
 _CPU_POSITIONS, _CPU_LEAST_ROWS = 4096, 8
+# Of encoded rows at once: 2,048 images of a megapixel would be two gigabytes.
+_MOST_HELD_BYTES = 64 * 2**20
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,12 +54,12 @@ class Predictor:
     def predict(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """One answer a row, in order. rows: the columns that the model was trained on, by name."""
         answers: list[dict[str, Any]] = []
-        for chunk in chunks_of(dict(row) for row in rows):
+        for chunk in chunks_of((dict(row) for row in rows), self.chunk_rows):
             answers.extend(self.predict_chunk(chunk).to_pylist())
         return answers
 
     def predict_chunk(self, records: list[dict[str, Any]]) -> pa.Table:
-        """The answers of a few thousand rows at once."""
+        """The answers of at most `chunk_rows` rows at once."""
         return self._answer(self._forward_all(self._encode(records)))
 
     def timed(self, records: list[dict[str, Any]]) -> dict[str, float]:
@@ -70,6 +72,17 @@ class Predictor:
         self._answer(outputs)
         moments.append(time.perf_counter())
         return dict(zip(("encode", "forward", "answer"), np.diff(moments).tolist(), strict=True))
+
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """Columns that name files."""
+        return tuple(getattr(self._loaded.task, "file_columns", ()))
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that are encoded and answered at once, so that what they take stays bounded."""
+        row_bytes = max(1, int(getattr(self._loaded.task, "row_bytes", 1)))
+        return min(CHUNK_ROWS, max(_CPU_LEAST_ROWS, _MOST_HELD_BYTES // row_bytes))
 
     @property
     def device_name(self) -> str:
@@ -124,15 +137,18 @@ class Predictor:
         return outputs
 
 
-def predict_share(folder: str, source: str, out: Path, id_column: str, rank: int, world_size: int) -> None:
+def predict_share(
+    folder: str, source: str, root: str | None, out: Path, id_column: str, rank: int, world_size: int
+) -> None:
     """Answer every chunk whose turn it is, each into a Parquet file of its own below `out`.
 
-    id_column: what names a row; "" where its number alone does.
+    root: where files lie that a table names; None: in its own folder. id_column: what names a row; "" where its number
+    alone does.
     """
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     predictor = Predictor(folder, device)
     start = 0
-    for index, chunk in enumerate(read_records(source)):
+    for index, chunk in enumerate(read_records(source, predictor.file_columns, root, predictor.chunk_rows)):
         if index % world_size == rank:
             table = predictor.predict_chunk(chunk)
             columns = {"row": pa.array(range(start, start + len(chunk)), pa.int64())}
@@ -151,10 +167,11 @@ def _name_of(record: Mapping[str, Any], column: str) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """arguments: model folder, input, folder of the answers, column that names a row, rank, number of ranks."""
-    folder, source, out, id_column, rank, world_size = arguments
+    """arguments: model folder, input, where the files lie that it names ("": in its own folder), folder of the answers,
+    column that names a row, rank, number of ranks."""
+    folder, source, root, out, id_column, rank, world_size = arguments
     try:
-        predict_share(folder, source, Path(out), id_column, int(rank), int(world_size))
+        predict_share(folder, source, root or None, Path(out), id_column, int(rank), int(world_size))
     except ToolkitError as error:
         print(f"{error.title}: {error}", file=sys.stderr)
         return error.exit_code

@@ -66,6 +66,10 @@ class Task(Protocol):
 
     encode(records: list[dict[str, Any]]) -> Rows
         New data, each record a row of the user's file, in the same order. For predictions.
+    file_columns: tuple[str, ...]
+        Columns of records that name files. A table to predict names them relative to its own folder.
+    row_bytes: int
+        What an encoded row takes in memory, where that is much: so many fewer are encoded at once.
     answers(outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table
         What a user reads of the module's outputs, one line a row. decision: what score.py's `calibrate` made of the
         validation split. For predictions.

@@ -47,7 +47,8 @@ def predict(path: str, source: str, output: str | None, processes: int | None) -
         first = next(read_records(rows_file), None)  # what is no table is said before torch is imported
         if first is None:
             raise DataError(f"{'standard input' if source == '-' else source} has no rows.")
-        module = [sys.executable, "-P", "-m", "dist_train.predict", folder_of_model, rows_file, str(parts)]
+        root = os.getcwd() if source == "-" else ""  # what standard input names lies here
+        module = [sys.executable, "-P", "-m", "dist_train.predict", folder_of_model, rows_file, root, str(parts)]
         module.append(_id_column(folder_of_model, first[0]))
         # One thread each, however many there are: sums over another number of threads round otherwise.
         environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

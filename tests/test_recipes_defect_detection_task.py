@@ -12,7 +12,9 @@ import torch
 from dist_train import config_io
 from dist_train.ablation import parse_ladder
 from dist_train.data import row_seeds
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, DataError
+from dist_train.model_folder import write_model, write_record
+from dist_train.predict import Predictor
 from dist_train.prepared import prepare
 from dist_train.recipe import list_recipes, load_recipe
 from recipes.defect_detection.data import epoch_rows
@@ -20,7 +22,8 @@ from recipes.defect_detection.losses import cross_entropy
 from recipes.defect_detection.networks import build_backbone
 from recipes.defect_detection.task import DefectTask
 from recipes.defect_detection.texture import texture_features
-from tests.parts import SETTINGS, write_parts
+from tests.parts import SETTINGS, SIDE, write_parts
+from tests.pictures import pixels, write_image
 from tests.ranks import run_ranks
 from tests.recipe_steps import take_steps
 
@@ -191,3 +194,34 @@ def test_texture_features_alone_can_decide(words: list[str]) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_column_that_the_training_read_names_the_image_whatever_else_a_row_has(
+    words: list[str], tmp_path: Path
+) -> None:
+    task = _task(words, "data.file_column=shot")
+    for seed in (0, 1):
+        write_image(tmp_path / f"{seed}.png", seed, SIDE, SIDE)
+    shot, other = (str(tmp_path / f"{seed}.png") for seed in (0, 1))
+    rows = task.encode([{"path": other, "image": other, "shot": shot}, {"image": other}, {"path": other, "shot": None}])
+    assert (rows.rows[0].image[0] == pixels(0, SIDE, SIDE)).all()
+    assert (rows.rows[1].image[0] == pixels(1, SIDE, SIDE)).all()
+    assert (rows.rows[2].image[0] == pixels(1, SIDE, SIDE)).all()
+    with pytest.raises(DataError, match="names no image"):
+        task.encode([{"shot": " "}])
+    with pytest.raises(KeyError, match="shot"):
+        task.encode([{"id": "7"}])
+
+
+def test_predicting_holds_few_large_images_at_once(words: list[str], tmp_path: Path) -> None:
+    task = _task(words)
+    write_model(tmp_path, task, task.build_model())
+    decision = {"temperature": 1.0, "flag_from": 0.5, "accept_below": 0.5, "reject_from": 0.5}
+    record = {"run": "small", "decision": decision, "precision": "fp32"}
+    write_record(tmp_path, task.config, task.facts, record)
+    predictor = Predictor(tmp_path, "cpu")
+    assert predictor.chunk_rows == 2048
+    frames = [{"image": pixels(seed, SIDE, SIDE)} for seed in range(3)]
+    assert [set(answer) >= {"decision", "probability"} for answer in predictor.predict(frames)] == [True] * 3
+    write_record(tmp_path, task.config, {**task.facts, "size": [2048, 2048]}, record)
+    assert Predictor(tmp_path, "cpu").chunk_rows == 16  # 64 MiB

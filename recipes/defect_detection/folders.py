@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.errors import ConfigError, DataError
+from dist_train.image_files import IMAGE_SUFFIXES, images_below
 from recipes.defect_detection.config import DataConfig
-from recipes.defect_detection.images import SUFFIXES
 from recipes.defect_detection.listing import NO_SPLIT, TEST, TRAIN, Items, Listing, Row, counted, split_of
 
 _NAN = float("nan")
@@ -21,7 +20,7 @@ def list_folder(data: DataConfig) -> Listing:
     masks = os.path.abspath(data.mask_path) if data.mask_path is not None else None
     if masks == root:
         raise ConfigError(f"data.mask_path is data.path itself, {root}: put the masks into a folder of their own.")
-    found, others = _images_below(root, masks)
+    found, others = images_below(root, masks)
     if not found:
         raise DataError(f"data.path is {data.path}, a folder without images below: {_allowed()}.", "data.path")
     parts = [name.split("/") for name in found]
@@ -50,39 +49,7 @@ def list_folder(data: DataConfig) -> Listing:
 
 
 def _allowed() -> str:
-    return f"allowed are {', '.join(sorted(SUFFIXES))}"
-
-
-def _images_below(root: str, without: str | None) -> tuple[list[str], list[str]]:
-    """Paths below the folder, sorted: of images, and of other files that lie in its folders. without: a folder to pass
-    over."""
-    images, others = [], []
-    for folder, names in _walk(root, without, set()):
-        below = os.path.relpath(folder, root)
-        prefix = "" if below == "." else below.replace(os.sep, "/") + "/"
-        for name in names:
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
-                images.append(prefix + name)
-            elif prefix and name.lower() not in ("thumbs.db", "desktop.ini"):
-                others.append(prefix + name)  # beside the classes lie licences and notes
-    return sorted(images), sorted(others)
-
-
-def _walk(folder: str, without: str | None, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
-    """Folders, links to folders among them, each once, with their files. Hidden ones are passed over."""
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen or folder == without:
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            listed = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
-    yield folder, [name for name, is_folder in listed if not is_folder]
-    for name, is_folder in sorted(listed):
-        if is_folder:
-            yield from _walk(os.path.join(folder, name), without, seen)
+    return f"allowed are {', '.join(sorted(IMAGE_SUFFIXES))}"
 
 
 def _split_folders(tops: set[str], data: DataConfig) -> dict[str, int] | None:
@@ -107,7 +74,7 @@ def add_masks(listing: Listing, data: DataConfig, root: str) -> None:
     without the split's folder. What is left over is a problem."""
     if not os.path.isdir(root):
         raise DataError(f"data.mask_path is {data.mask_path}, but there is no such folder.", "data.mask_path")
-    found, _ = _images_below(root, None)
+    found, _ = images_below(root)
     if not found:
         raise DataError(f"data.mask_path is {data.mask_path}, a folder without masks below.", "data.mask_path")
     by_stem: dict[str, str] = {}

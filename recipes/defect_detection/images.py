@@ -22,8 +22,6 @@ from recipes.defect_detection.deep_colour import LowBytes, open_low_bytes
 # Changes whenever the same file would be read into other pixels.
 VERSION = 2
 
-_COMMON = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
-SUFFIXES = frozenset((*_COMMON, ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".tga"))
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "JPEG2000", "TGA")
 NOTES = (
     "colour made grey",

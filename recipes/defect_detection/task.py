@@ -156,14 +156,27 @@ class DefectTask:
             masks = [self._stored.mask(int(row)) for row in rows]
         return make_table(self._stored.table.take(rows), outputs, self.header, masks)
 
+    @property
+    def file_columns(self) -> tuple[str, ...]:
+        """What names an image in a new row, in this order."""
+        return tuple(dict.fromkeys((self.config.data.file_column, "image", "path")))
+
+    @property
+    def row_bytes(self) -> int:
+        return self._pixels * int(self.facts["channels"])
+
     def encode(self, records: list[dict[str, Any]]) -> ListedRows:
-        """records: with `path` or the config's file column, which names an image file, or with `image`, an array
-        [height, width] or [height, width, channels] or the bytes of a file."""
+        """records: with the config's file column, `image` or `path`: the name of an image file, the bytes of one, or an
+        array [height, width] or [height, width, channels]."""
         target = np.zeros(len(self.labels), dtype=np.float32)
         examples = []
         for record in records:
-            name = next((key for key in ("image", "path", self.config.data.file_column) if key in record), "path")
-            frame: Frame = read_frame(record[name], self.config.data, self.facts["bits"])
+            source = next((record[key] for key in self.file_columns if record.get(key) is not None), None)
+            if source is None and not any(key in record for key in self.file_columns):
+                raise KeyError(self.config.data.file_column)
+            if source is None or (isinstance(source, str) and not source.strip()):
+                raise DataError(f"a row to predict names no image: {record}.")
+            frame: Frame = read_frame(source, self.config.data, self.facts["bits"])
             examples.append(Example(frame.image, target, place=frame.place))
         return ListedRows(examples, np.full(len(examples), self._pixels))
 

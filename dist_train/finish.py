@@ -63,6 +63,8 @@ def _load_checkpoint(training: Training, which: str) -> tuple[int, checkpoint.Re
     run, state = training.run, training.state
     steps = {"best": _best_step(training), "last": state.step}
     step = steps[which] if which in steps else int(which)
+    if which == "best" and state.best_step is None:
+        _say(training, f"no evaluation has told a best step: {step}, the last one, is taken")
     folder = checkpoint_files.step_folder(run.checkpoints, step)
     try:
         manifest = checkpoint_files.verify(folder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_train import checkpoint_files
+from dist_train.best import judge
 from dist_train.checkpoint import held_state
 from dist_train.config import RunConfig
 from dist_train.data import DROPOUT, Schedule, derive_seed, partition, prefetch, row_seeds
@@ -46,6 +47,8 @@ class TrainState:
     samples: int = 0
     best_value: float | None = None
     best_step: int | None = None
+    best_metric: str | None = None
+    """What best_value is of; None, before the first one and in older checkpoints: the metric that was asked for."""
     evaluations_without_gain: int = 0
     nonfinite_in_a_row: int = 0
     stopped_early: bool = False
@@ -322,25 +325,26 @@ def _evaluate(training: Training) -> bool:
     if engine.rank == 0:
         metrics = _point(score, training.task.predictions("validation", outputs))
     metrics = engine.broadcast(metrics)
-    name = config.eval.metric or score.metric
-    if name not in metrics:
-        raise ConfigError(f"{name} is to pick the best checkpoint, but the recipe measures {', '.join(metrics)}.")
-    value, sign = metrics[name], score.sign(name)
-    # What is not a number is never better.
-    improved = bool(np.isfinite(value)) and (state.best_value is None or sign * value > sign * state.best_value)
-    if improved:
-        state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
-    else:
-        state.evaluations_without_gain += 1
+    asked = config.eval.metric or score.metric
+    if asked not in metrics:
+        raise ConfigError(f"{asked} is to pick the best checkpoint, but the recipe measures {', '.join(metrics)}.")
+    verdict = judge(state, asked, metrics, score)
+    name = verdict.metric
     patience = config.eval.patience
     state.stopped_early = patience is not None and state.evaluations_without_gain >= patience
     if training.tracker is not None:
+        if verdict.replaced:
+            _progress(training, f"{asked} is not defined on the validation split: {name} picks the best step instead")
         if state.stopped_early:
-            text = f"stopping early: {patience} evaluations without a better {name} (eval.patience)"
-            log_event(training.run.events, "progress", message=text)
+            _progress(training, f"stopping early: {patience} evaluations without a better {name} (eval.patience)")
         training.tracker.log("validation", state.step, state.samples, metrics)
-        log_event(training.run.events, "evaluated", step=state.step, metric=name, value=value, improved=improved)
-    return improved
+        told = {"metric": name, "value": verdict.value, "improved": verdict.improved}
+        log_event(training.run.events, "evaluated", step=state.step, **told)
+    return verdict.improved
+
+
+def _progress(training: Training, text: str) -> None:
+    log_event(training.run.events, "progress", message=text)
 
 
 def _point(score: Score, table: Any) -> dict[str, float]:

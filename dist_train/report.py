@@ -72,7 +72,8 @@ def build_report(
         "environment": read_json(run.environment),
         "repeat": _commands(run, config),
     }
-    figures = [plots.curves(lines, config.eval.metric or score.metric, report["training"]["best_step"])]
+    kept_by = report["training"]["kept_by"] or config.eval.metric or score.metric
+    figures = [plots.curves(lines, kept_by, report["training"]["best_step"])]
     figures += score.figures(tables["test"], report["groups"]["test"], Path(facts["folder"]))
     write_json(results.report_json, report)
     context = {"report": report, "table": summary_table(report), "config": run.config.read_text()}
@@ -216,6 +217,7 @@ def _training(run: RunDir, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "best_step": exports[-1]["step"] if exports else None,
+        "kept_by": next((event["metric"] for event in reversed(events) if event.get("improved")), None),
         "last_step": training[-1]["step"] if training else 0,
         "samples": training[-1]["samples"] if training else 0,
         "samples_per_s": mean("samples_per_s"),

@@ -139,6 +139,7 @@ def make_training(
     attempt: int = 1,
     hardware: Hardware = CPU,
     precision: str | None = None,
+    score: Score = SCORE,
     **sections: Any,
 ) -> Training:
     """A training of `task` in the run directory `path`, at the newest checkpoint there.
@@ -162,7 +163,7 @@ def make_training(
         write_json(run.deepspeed_config, deepspeed_config(plan, config.optim.clip_norm))
     rank = int(os.environ.get("RANK", "0"))
     training = build_training(
-        run, config, plan, task, attempt, SCORE, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank)
+        run, config, plan, task, attempt, score, {"data": "tiny"}, StopFlag(), Heartbeat(run, rank)
     )
     restore(training)
     return training

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from dist_train.errors import ConfigError
 from dist_train.evaluate import evaluate
 from dist_train.events import read_lines
 from dist_train.hardware import Gpu, Hardware
+from dist_train.loop import train
 from dist_train.rundir import RunDir
+from dist_train.score import Score, Values
 from tests.fakes import TinyRows, TinyTask, curve, events, make_training, train_tiny
 from tests.ranks import run_ranks
 
@@ -123,6 +127,32 @@ def test_early_stopping_counts_on_over_a_resume(tmp_path: Path) -> None:
     run_ranks(1, _train, parts, 1, {**settings, "train": {"stop_after_steps": 5}})
     run_ranks(1, _train, parts, 1, settings, 2)
     assert curve(parts) == curve(whole)
+
+
+def test_a_metric_that_the_split_cannot_tell_leaves_the_choice_to_the_loss_and_stops_nothing(tmp_path: Path) -> None:
+    settings = {"eval": {"every_steps": 2, "patience": 3}}
+    states = run_ranks(1, _train_undefined, tmp_path / "loss", "log_loss", settings)
+    assert states[0]["best_metric"] == "log_loss"
+    assert states[0]["best_step"] == 4, "the loss rises after step 4"
+    assert states[0]["stopped_early"]
+    told = [event["message"] for event in events(tmp_path / "loss", "progress")]
+    assert told[-2] == "pr_auc is not defined on the validation split: log_loss picks the best step instead"
+    assert told[-1] == "stopping early: 3 evaluations without a better log_loss (eval.patience)"
+    state = run_ranks(1, _train_undefined, tmp_path / "none", None, settings)[0]
+    assert (state["best_step"], state["stopped_early"], state["step"]) == (None, False, 20)
+
+
+def _train_undefined(path: Path, loss: str | None, settings: dict[str, dict[str, object]]) -> dict[str, object]:
+    """The counters after a training whose metric is not a number, and whose loss falls for two evaluations."""
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, *[0.5] * 20])
+
+    def measure(table: pa.Table) -> Values:
+        value = next(losses)
+        return lambda weights: {"pr_auc": float("nan"), "log_loss": value}
+
+    training = make_training(path, 1, TinyTask(), score=Score("pr_auc", measure, ("pr_auc",), loss=loss), **settings)
+    train(training)
+    return asdict(training.state)
 
 
 def test_a_world_that_is_not_the_planned_one_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pyarrow as pa
 
 from dist_train.baselines import kept_baselines
 from dist_train.metrics import Classification
+from dist_train.prepared import load_facts
 from recipes.defect_detection import decisions, gallery, texture_baseline
 from recipes.defect_detection.config import Config
 from recipes.defect_detection.measures import measure_defects, recall_name
 from recipes.defect_detection.predictions import HITS, header_of, probabilities
+from recipes.defect_detection.sampling import is_one_class
 
 METRIC = "pr_auc"
 METRICS = ("pr_auc", "f1", "macro_f1", "roc_auc", "accuracy")
@@ -82,10 +85,11 @@ def details(table: pa.Table) -> dict[str, Any]:
 
 
 def baselines(prepared: Path, config: Config, say: Callable[[str], None]) -> dict[str, dict[str, pa.Table]]:
-    """Predictions of each baseline for validation and test, decided by the rule of the model's."""
-    tables = kept_baselines(
-        prepared, texture_baseline.DESCRIBED, list(BASELINES), BASELINES["texture"], texture_baseline.train, say
-    )
+    """Predictions of each baseline for validation and test, from what the model may learn from, decided by its rule."""
+    one_class = is_one_class(config, load_facts(prepared))
+    described = [*texture_baseline.DESCRIBED, one_class]
+    train = functools.partial(texture_baseline.train, one_class=one_class)
+    tables = kept_baselines(prepared, described, list(BASELINES), BASELINES["texture"], train, say)
     for splits in tables.values():
         decision = calibrate(splits["validation"], config)
         splits |= {split: decide(table, decision) for split, table in splits.items()}

@@ -1,5 +1,5 @@
 """The classical baseline: texture features and gradient boosting or logistic regression, whichever the validation split
-prefers; for good parts alone, the distance from their Gaussian. Torch-free."""
+prefers; where the model learns from good parts alone so does it, by the distance from their Gaussian. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from dist_train.baselines import SPLITS, Tables
 from dist_train.metrics import Classification
 from dist_train.prepared import load_facts
 from recipes.defect_detection.predictions import make_table, read_header
+from recipes.defect_detection.sampling import prior_correction
 from recipes.defect_detection.stored import StoredImages
 from recipes.defect_detection.texture_store import compute_textures
 
 # Boosting sorts every feature of every row in memory.
 _MOST_ROWS = 20_000
-_VERSION = 1
+_VERSION = 2
 _STRENGTHS = (0.03, 0.3, 3.0)
 _BOOSTING = {"max_iter": 200, "learning_rate": 0.06, "max_leaf_nodes": 15, "l2_regularization": 1.0, "random_state": 0}
 _BOOSTING["early_stopping"] = False  # it would need two images of each class
@@ -26,11 +27,15 @@ ABOUT = f"texture features + boosting or logistic regression, on at most {_MOST_
 DESCRIBED = [_VERSION, _MOST_ROWS, _STRENGTHS, _BOOSTING]
 
 
-def train(prepared: Path) -> Tables:
-    """Predictions of both baselines for validation and test, from the training split."""
+def train(prepared: Path, one_class: bool) -> Tables:
+    """Predictions of both baselines for validation and test, from the training split; one_class: its good parts."""
     facts, stored = load_facts(prepared), StoredImages(prepared)
     labels = facts["labels"]
-    train_rows = _at_most(stored.rows("train"), _MOST_ROWS)
+    every_row = stored.rows("train")
+    if one_class:
+        every_row = every_row[stored.labels[every_row] == read_header(facts).good]
+    counts = np.bincount(stored.labels[every_row], minlength=len(labels))
+    train_rows = at_most(every_row, stored.labels[every_row], _MOST_ROWS)
     truth = stored.labels[train_rows]
     rows = {split: stored.rows(split) for split in SPLITS}
     features = {split: compute_textures(prepared, chosen, _silent) for split, chosen in rows.items()}
@@ -41,7 +46,10 @@ def train(prepared: Path) -> Tables:
         answer = _nothing_learnt(len(labels), int(truth[0]))
     else:
         answer = _chosen_model(seen, truth, features["validation"], stored.labels[rows["validation"]], labels)
-    shares = np.bincount(truth, minlength=len(labels)) / len(truth)
+        # Of the commoner classes it saw fewer than there are.
+        seen_counts = np.bincount(truth, minlength=len(labels))
+        answer = _with_shares(answer, prior_correction(seen_counts / len(truth), counts / counts.sum(), 0.0))
+    shares = counts / counts.sum()
     tables: Tables = {}
     for split, chosen in rows.items():
         lines = stored.table.take(chosen)
@@ -93,10 +101,30 @@ def _blank(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"feature": np.zeros_like(outputs["feature"])} if "feature" in outputs else {}
 
 
-def _at_most(rows: np.ndarray, most: int) -> np.ndarray:
-    if len(rows) <= most:
+def _with_shares(answer: Callable[[np.ndarray], np.ndarray], correction: np.ndarray) -> Callable[..., np.ndarray]:
+    """Probabilities under other class shares; see `prior_correction`."""
+
+    def corrected(features: np.ndarray) -> np.ndarray:
+        weighed = answer(features) * np.exp(correction)
+        return weighed / weighed.sum(1, keepdims=True)
+
+    return corrected
+
+
+def at_most(rows: np.ndarray, labels: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows [n], rising: all of the rarer classes, and of each commoner one equally many, drawn
+    at random. labels: [n]."""
+    counts, cap = np.sort(np.bincount(labels)), most
+    for index, count in enumerate(counts):
+        cap = (most - int(counts[:index].sum())) // (len(counts) - index)
+        if count > cap:
+            break
+    else:
         return rows
-    return np.sort(np.random.Generator(np.random.Philox(key=0)).choice(rows, most, replace=False, shuffle=False))
+    generator = np.random.Generator(np.random.Philox(key=0))
+    chosen = [rows[labels == label] for label in np.unique(labels)]
+    kept = [own if len(own) <= cap else generator.choice(own, cap, replace=False, shuffle=False) for own in chosen]
+    return np.sort(np.concatenate(kept))
 
 
 def _silent(text: str) -> None:

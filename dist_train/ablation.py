@@ -70,9 +70,9 @@ def parse_ladder(config: RunConfig) -> list[Rung]:
     return rungs
 
 
-def make_grid(rungs: Sequence[Rung], seeds: int) -> list[Cell]:
+def make_grid(rungs: Sequence[Rung], seeds: int, first_seed: int = 0) -> list[Cell]:
     """Every rung with one seed before any has two: a study that is broken off is a smaller one."""
-    pairs = [(rung, seed) for seed in range(seeds) for rung in rungs]
+    pairs = [(rung, seed) for seed in range(first_seed, first_seed + seeds) for rung in rungs]
     return [Cell(index, rung, seed) for index, (rung, seed) in enumerate(pairs)]
 
 

@@ -35,7 +35,7 @@ class Study:
         self.recipe, self.settings = recipe, list(settings)
         config = config_io.load(recipe, self.settings).config
         self.rungs = parse_ladder(config)
-        self.grid = make_grid(self.rungs, seeds)
+        self.grid = make_grid(self.rungs, seeds, config.seed)
         name = config.name or f"{recipe.removesuffix('.yaml').strip('./').replace('/', '-')}-ablation"
         self.folder = config.output_dir / name
         self.score: Score = load_recipe(config.recipe).score

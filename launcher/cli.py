@@ -205,7 +205,7 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
 @click.argument("recipe", shell_complete=complete.recipes)
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
 @click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each rung: seeds 0, 1, ..."
+    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each rung, from `seed` on."
 )
 @click.option("--only", type=int, metavar="INDEX", help="Run this one of the study alone, as in a Slurm array.")
 @click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from dist_train.ablation import Rung, compare_rungs, make_grid, parse_ladder, ve
 from dist_train.config import RunConfig
 from dist_train.errors import ConfigError
 from dist_train.score import Score
+from launcher.ablate import Study
 
 PLAIN, SECOND, THIRD = (Rung(name, ("a=1",)) for name in ("plain", "+ second", "+ third"))
 
@@ -144,3 +146,12 @@ def test_rows_of_one_unit_are_drawn_together() -> None:
         assert weights[[0, 1, 3]].sum() == 3
     assert any(weights[3] > 1 for weights in drawn)
     assert next(parts.draws(_table([1, 0]), 5)).sum() == 2, "a table that does not name them has rows alone"
+
+
+def test_a_seed_that_is_given_is_the_first_of_the_study(tmp_path: Path) -> None:
+    settings = [f"output_dir={tmp_path}", "seed=5"]
+    study = Study("ticket_routing/demo", settings, 2)
+    assert sorted({cell.seed for cell in study.grid}) == [5, 6]
+    assert study.grid[0].name.endswith("-s5")
+    assert study.words(study.grid[-1])[-1] == "seed=6"
+    assert Study("ticket_routing/demo", settings[:1], 1).grid[0].seed == 0

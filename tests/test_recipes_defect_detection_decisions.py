@@ -152,6 +152,8 @@ def test_without_a_defective_part_to_choose_by_one_half_decides() -> None:
 def test_settings_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"their sum must be below 1"):
         Config(recipe="defect_detection", augment={"scratches": 0.6, "paste": 0.5})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"data.item_column is part, but data.item_pattern is '\^\(p\)'"):
+        Config(recipe="defect_detection", data={"item_column": "part", "item_pattern": "^(p)"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"task.mode is one_class, but data.target is classes"):
         Config(recipe="defect_detection", task={"mode": "one_class"}, data={"target": "classes"})  # type: ignore[arg-type]
 

@@ -10,7 +10,8 @@ import pytest
 from dist_train.prepared import prepare
 from recipes.defect_detection import score, texture_baseline
 from recipes.defect_detection.predictions import header_of, probabilities
-from recipes.defect_detection.stored import StoredImages
+from recipes.defect_detection.stored import StoredImages, open_images
+from recipes.defect_detection.texture_store import compute_textures, features_of
 from tests.pictures import RECIPE, config_of
 
 SYNTHETIC = {"path": "synthetic", "images": 200, "synthetic": {"defective_share": 0.15}}
@@ -46,3 +47,13 @@ def test_where_the_model_learns_from_good_parts_alone_so_does_the_baseline(tmp_p
         prepared = prepare(config, RECIPE, lambda text: None)
         tables = score.baselines(prepared, config, lambda text: None)
         assert header_of(tables["texture"]["test"]).one_class == one_class
+
+
+def test_a_worker_opens_the_images_of_a_folder_once_and_the_command_keeps_none_open(tmp_path: Path) -> None:
+    prepared = prepare(config_of(tmp_path, **SYNTHETIC), RECIPE, lambda text: None)
+    open_images.cache_clear()
+    for first in (0, 64, 128):
+        assert len(features_of(prepared, np.arange(first, first + 2))) == 2
+    assert (open_images.cache_info().misses, open_images.cache_info().hits) == (1, 2)
+    compute_textures(prepared, np.arange(3), lambda text: None)
+    assert open_images.cache_info().currsize == 0

@@ -115,6 +115,15 @@ class DataConfig(CachedData):
             raise ValueError("data.mask_path and data.mask_column are both set: keep one and set the other to null")
         return self
 
+    @model_validator(mode="after")
+    def _one_source_of_parts(self) -> Self:
+        if self.item_column is not None and self.item_pattern is not None:
+            raise ValueError(
+                f"data.item_column is {self.item_column}, but data.item_pattern is {self.item_pattern!r}: keep the one "
+                "that names the parts, and set the other to null"
+            )
+        return self
+
     @field_validator("item_pattern")
     @classmethod
     def _pattern_has_a_group(cls, pattern: str | None) -> str | None:

@@ -63,3 +63,9 @@ class StoredImages:
         """uint8 [height, width], 1 in the defect; None for an image without one."""
         mask = int(self._masks_of[index])
         return None if mask < 0 or self._masks is None else np.asarray(self._masks[mask])
+
+
+@functools.lru_cache(maxsize=1)
+def open_images(folder: Path) -> StoredImages:
+    """The images of a folder, kept open in this process: a worker gets many jobs of one folder."""
+    return StoredImages(folder)

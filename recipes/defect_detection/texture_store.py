@@ -10,7 +10,7 @@ import numpy as np
 
 from dist_train.worker_pool import map_in_workers
 from recipes.defect_detection.progress import Progress
-from recipes.defect_detection.stored import StoredImages
+from recipes.defect_detection.stored import open_images
 from recipes.defect_detection.texture import texture_features
 
 FILE = "texture.npy"
@@ -22,16 +22,19 @@ def compute_textures(prepared: Path, rows: np.ndarray, say: Callable[[str], None
     cuts = range(_ROWS_A_JOB, len(rows), _ROWS_A_JOB)
     jobs: Iterator[tuple[Any, ...]] = ((prepared, part) for part in np.split(rows, cuts))
     parts = []
-    with Progress(say, "texture features", len(rows)) as progress:
-        for features in map_in_workers(features_of, jobs):
-            parts.append(features)
-            progress.advance(len(features))
+    try:
+        with Progress(say, "texture features", len(rows)) as progress:
+            for features in map_in_workers(features_of, jobs):
+                parts.append(features)
+                progress.advance(len(features))
+    finally:
+        open_images.cache_clear()  # this process may have done some of the jobs itself, and lives on
     return np.concatenate(parts)
 
 
 def features_of(prepared: Path, rows: np.ndarray) -> np.ndarray:
     """The features of a few images, in a worker's process."""
-    stored = StoredImages(prepared)
+    stored = open_images(prepared)
     return np.stack([texture_features(stored.image_or_blank(int(row))) for row in rows])
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from recipes.defect_detection import losses
@@ -200,3 +202,31 @@ def test_rarer_classes_come_again_until_they_have_their_share() -> None:
     assert set(each[90:]) == {3, 4}, "as evenly as can be"
     assert repeated_rows(rows, labels, None)[0].tolist() == rows.tolist()
     assert [part.tolist() for part in repeated_rows(rows, labels, 0.5)] == [chosen.tolist(), ids.tolist()]
+
+
+class _Cells(nn.Module):
+    """A place for each `stride` pixels, the last one of which may lack some."""
+
+    def __init__(self, stride: int, rounds_up: bool) -> None:
+        super().__init__()
+        self.out_channels, self.stride, self.middle, self.rounds_up = 1, stride, stride / 2, rounds_up
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, self.stride, ceil_mode=self.rounds_up)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(16, 90), st.integers(16, 90)),
+    tile=st.integers(16, 64),
+    overlap=st.sampled_from([0.0, 0.25, 0.6, 0.75]),
+    stride=st.sampled_from([1, 2, 4, 8, 16]),
+    rounds_up=st.booleans(),
+)
+def test_tiles_of_any_size_leave_no_cell_of_the_heat_map_empty(
+    size: tuple[int, int], tile: int, overlap: float, stride: int, rounds_up: bool
+) -> None:
+    network = DefectNetwork(_Cells(stride, rounds_up), 2, 0, [0.5], [0.2], tiles=Tiles(tile, overlap, 2)).eval()
+    with torch.no_grad():
+        _, heat, _ = network(torch.rand(1, 1, *size))
+    assert heat.abs().max() < 1e3

@@ -119,11 +119,13 @@ class DefectNetwork(nn.Module):
     def _joined(self, heat: Tensor, places: list[tuple[int, int]], height: int, width: int) -> Tensor:
         """One heat map of tiles' maps [n, tiles, h, w]; where they overlap the higher one counts."""
         side, step = heat.shape[2:], self.stride
-        shape = (heat.shape[0], -(-height // step), -(-width // step))
+        # Rounded up: the last tile, which may begin between two places, then reaches the last place.
+        corners = [(-(-top // step), -(-left // step)) for top, left in places]
+        # A network that rounds down leaves the edge of a tile out, at the image's own edge too.
+        reached = (max(row for row, _ in corners) + side[0], max(column for _, column in corners) + side[1])
+        shape = (heat.shape[0], min(-(-height // step), reached[0]), min(-(-width // step), reached[1]))
         whole = heat.new_full(shape, torch.finfo(heat.dtype).min)
-        for index, (top, left) in enumerate(places):
-            # Rounded up: the last tile, which may begin between two places, then reaches the last place.
-            row, column = -(-top // step), -(-left // step)
+        for index, (row, column) in enumerate(corners):
             part = (slice(None), slice(row, row + side[0]), slice(column, column + side[1]))
             whole[part] = torch.maximum(whole[part], heat[:, index, : whole[part].shape[1], : whole[part].shape[2]])
         return whole

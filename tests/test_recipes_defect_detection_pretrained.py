@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,35 @@ def test_another_commit_of_a_hub_model_is_prepared_anew(tmp_path: Path, monkeypa
     assert facts[0]["fingerprint"] != facts[1]["fingerprint"]
 
 
-def test_images_of_another_size_than_the_patches_were_made_for_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size_px", "tile_px", "fits"),
+    [(64, None, True), (96, None, False), ([64, 96], None, False), (256, 64, True), (256, 48, False), (48, 64, False)],
+)
+def test_images_and_tiles_of_another_size_than_the_patches_were_made_for_are_refused(
+    tmp_path: Path, size_px: Any, tile_px: int | None, fits: bool
+) -> None:
     MODELS["vit"]().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"data.size_px is 96, but .* reads images of 64 pixels: set data.size_px=64"):
-        build_pretrained(_config(tmp_path, 96), tmp_path, {})
+    model = {"pretrained": str(tmp_path), "tile_px": tile_px}
+    config = Config(recipe="defect_detection", model=model, data={"size_px": size_px})  # type: ignore[arg-type]
+    if fits:
+        build_pretrained(config, tmp_path, {})
+        return
+    said = rf"data.size_px is {re.escape(str(size_px))}.* reads images of 64x64 pixels: set data.size_px=64, or"
+    with pytest.raises(ConfigError, match=said):
+        build_pretrained(config, tmp_path, {})
+
+
+def test_colour_for_a_grey_model_is_refused(tmp_path: Path) -> None:
+    described = transformers.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_channels=1)
+    transformers.ConvNextV2Model(described).save_pretrained(tmp_path)
+    for channels, fits in ((1, True), (3, False)):
+        data = {"size_px": 64, "channels": channels}
+        config = Config(recipe="defect_detection", model={"pretrained": str(tmp_path)}, data=data)  # type: ignore[arg-type]
+        if fits:
+            build_pretrained(config, tmp_path, {})
+            continue
+        with pytest.raises(ConfigError, match=r"data.channels is 3, but .* set data.channels=1"):
+            build_pretrained(config, tmp_path, {})
 
 
 def test_what_is_no_image_model_and_pickled_weights_are_refused(tmp_path: Path) -> None:

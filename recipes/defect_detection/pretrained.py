@@ -55,13 +55,7 @@ def build_pretrained(config: Config, prepared: Path, facts: dict[str, Any]) -> P
     check_folder(folder)
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        height, width = config.data.height_width
-        reads = getattr(settings, "image_size", None) if hasattr(settings, "patch_size") else None
-        if not hasattr(settings, "depths") and reads not in (None, height, [height, width]):
-            raise ConfigError(
-                f"data.size_px is {config.data.size_px}, but {config.model.pretrained} reads images of "
-                f"{settings.image_size} pixels: set data.size_px={settings.image_size}, or model.tile_px to it."
-            )
+        _check_images(config, settings)
         model = AutoModel.from_pretrained(
             folder, config=settings, trust_remote_code=False, use_safetensors=True, local_files_only=True,
             dtype=torch.float32,
@@ -78,6 +72,33 @@ def build_pretrained(config: Config, prepared: Path, facts: dict[str, Any]) -> P
             f"model.pretrained is {config.model.pretrained}, which is no model for images that has feature maps or "
             f"patches: {error}"
         ) from error
+
+
+def _check_images(config: Config, settings: Any) -> None:
+    """ConfigError where the model reads images of one size and gets others, or of fewer channels."""
+    pretrained, tile = config.model.pretrained, config.model.tile_px
+    reads = getattr(settings, "image_size", None)
+    if reads is not None and hasattr(settings, "patch_size") and not hasattr(settings, "depths"):
+        expected = (reads, reads) if isinstance(reads, int) else tuple(reads)
+        height, width = config.data.height_width
+        gets = (height, width) if tile is None else (min(height, tile), min(width, tile))
+        if gets != expected:
+            key = f"data.size_px is {config.data.size_px}" + (f" and model.tile_px {tile}" if tile is not None else "")
+            square = f", or to look at larger ones in tiles model.tile_px={expected[0]}"
+            raise ConfigError(
+                f"{key}, but {pretrained} reads images of {expected[0]}x{expected[1]} pixels: set "
+                f"data.size_px={expected[0] if expected[0] == expected[1] else list(expected)}"
+                f"{square if expected[0] == expected[1] else ''}.",
+                "data.size_px",
+                "model.tile_px",
+            )
+    channels = int(getattr(settings, "num_channels", 3))
+    if config.data.channels not in (1, channels):
+        raise ConfigError(
+            f"data.channels is {config.data.channels}, but {pretrained} reads images of {channels}: set "
+            f"data.channels={channels}.",
+            "data.channels",
+        )
 
 
 def save_config(backbone: PretrainedBackbone, folder: Path) -> None:

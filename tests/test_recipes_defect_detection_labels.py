@@ -11,6 +11,7 @@ import pytest
 
 from dist_train.errors import ConfigError, DataError
 from recipes.defect_detection import data as prepared_data
+from recipes.defect_detection import one_class
 from recipes.defect_detection.predictions import read_header
 from tests.pictures import config_of, prepare_images, write_classes, write_image, write_mask, write_table
 
@@ -138,3 +139,27 @@ def test_defects_that_the_resizing_makes_too_small_are_told(tmp_path: Path) -> N
     )
     _, facts = prepare_images(tmp_path / "cache", **given, size_px=48)
     assert facts["warnings"] == []
+
+
+def test_too_few_good_parts_for_the_one_class_thresholds_are_told(tmp_path: Path) -> None:
+    parts = write_classes(tmp_path / "parts", {"good": 20, "dent": 6})
+    _, facts = prepare_images(tmp_path / "cache", path=parts)
+    assert not any("198" in warning for warning in facts["warnings"])
+    said: list[str] = []
+    _, facts = prepare_images(tmp_path / "cache", said, path=parts, test_only=["all"])
+    count = facts["splits"]["validation"]["rows"]
+    expected = f"the validation split has {count} good images; where .* 198 are needed for thresholds that reject 1%"
+    assert any(re.match(expected, warning) for warning in facts["warnings"])
+    assert any(re.search(expected, line) for line in said)
+
+
+def test_so_many_good_parts_as_are_asked_for_keep_the_stated_share_of_rejects() -> None:
+    assert one_class.few_parts(198) is None
+    assert one_class.few_parts(197) is not None
+    generator = np.random.default_rng(0)
+    rejected = []
+    for _ in range(40):
+        features = generator.normal(size=(198, 4))
+        gaussian = one_class.calibrate(features, np.ones(198, dtype=bool))["gaussian"]
+        rejected.append((one_class.probability(generator.normal(size=(2000, 4)), gaussian)[:, 1] >= 0.5).mean())
+    assert np.mean(rejected) <= 0.013

@@ -18,11 +18,11 @@ from dist_train.config import CachedData
 from dist_train.errors import ConfigError, DataError
 from dist_train.prepared import load_facts, write_split
 from dist_train.pretrained import fetched_model, pretrained_facts
-from recipes.defect_detection import cache, images, texture
+from recipes.defect_detection import cache, images, one_class, texture
 from recipes.defect_detection.config import Config, DataConfig
-from recipes.defect_detection.labels import Labels, choose_labels
+from recipes.defect_detection.labels import GOOD, Labels, choose_labels
 from recipes.defect_detection.listing import NO_SPLIT, SPLITS, TRAIN, Row, counted
-from recipes.defect_detection.sampling import class_counts, wanted_counts
+from recipes.defect_detection.sampling import class_counts, is_one_class, wanted_counts
 from recipes.defect_detection.sources import describe_listing, find_listing
 from recipes.defect_detection.split import crossing, group_images, split_images
 from recipes.defect_detection.texture_store import write_textures
@@ -78,8 +78,6 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     conversions = _conversions(records)
     for what, count in conversions.items():
         say(f"data           {count:,} images: {what}")
-    for warning in warnings:
-        say(f"warning        {warning}")
     say(f"data           took {time.monotonic() - began:.1f} s")
     textures = write_textures(folder, split_of == TRAIN, say) if config.model.texture else {}
     mean, std = _statistics(records[split_of == TRAIN], data)
@@ -108,6 +106,11 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
         **pretrained_facts(config, folder),
     }
     check_mode(config, facts)
+    few = one_class.few_parts(facts["splits"]["validation"]["labels"].get(GOOD, 0))
+    if few is not None and is_one_class(config, facts):
+        warnings.append(few)
+    for warning in warnings:
+        say(f"warning        {warning}")
     return facts
 
 

@@ -10,13 +10,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from sklearn.covariance import LedoitWolf
 
 # Of the validation split's good parts this share sets the Gaussian, the others the thresholds.
 _FITTED_SHARE = 0.5
 _COMPONENTS = 32
 # Good parts that are reviewed, and rejected, of those the thresholds are set by.
 REVIEWED_SHARE, REJECTED_SHARE = 0.05, 0.01
+
+
+# So many parts set a threshold that one more good part exceeds with a chance of REJECTED_SHARE.
+_LEAST_PARTS = round(1 / REJECTED_SHARE) - 1
+
+
+def few_parts(count: int) -> str | None:
+    """What is to be said where there are too few good validation parts for the stated share of rejects; else None."""
+    needed = int(np.ceil(_LEAST_PARTS / (1 - _FITTED_SHARE)))
+    if count >= needed:
+        return None
+    return (
+        f"the validation split has {count} good images; where the model learns from good parts alone, {needed} are "
+        f"needed for thresholds that reject {REJECTED_SHARE:.0%} of good parts: with fewer it will be more. Add good "
+        "images, or raise data.validation_share"
+    )
 
 
 def calibrate(features: np.ndarray, good: np.ndarray) -> dict[str, Any]:
@@ -50,6 +65,8 @@ def probability(features: np.ndarray, gaussian: Mapping[str, Any]) -> np.ndarray
 def _fit(features: np.ndarray) -> dict[str, Any]:
     """Mean, and the shrunk covariance (Ledoit and Wolf 2004) by its largest principal directions; what lies across them
     has one variance."""
+    from sklearn.covariance import LedoitWolf
+
     estimate = LedoitWolf().fit(features)
     variances, directions = np.linalg.eigh(estimate.covariance_)
     count = min(_COMPONENTS, len(variances))

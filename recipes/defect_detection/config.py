@@ -146,8 +146,11 @@ class ModelConfig(Section):
     standardise: Flag = False
     """Bring each image to mean 0 and deviation 1 of its own instead of the training images': where brightness and
     roughness differ from part to part and do not tell a defect."""
+    members: Positive = 1
+    """Networks side by side, each trained by its own loss; the mean of their logits answers. More of them take as much
+    longer, and err less where images are few."""
     texture: Flag = False
-    """Give the head classical texture features of the image too, beside what the network sees in it."""
+    """Another member beside them, a small network over classical texture features of the image."""
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The score is the mean over this share of the image's places, those that speak most for a defect; small defects
     need a small one, 1 takes all."""

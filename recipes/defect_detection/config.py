@@ -133,7 +133,7 @@ class ModelConfig(Section):
     """Folder or hub name of a Hugging Face image model; null trains an own network from scratch."""
     revision: str | None = None
     """Revision of the hub model; null takes the newest and records it."""
-    widths: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 128, 192]
+    widths: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128]
     """Channels of each stage (own networks)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [1, 1, 2, 1]
     """Blocks of each stage (own networks)."""
@@ -187,6 +187,8 @@ class AugmentConfig(Section):
     """Mirror images at random: only where a mirrored part could be a real one."""
     turns: Flag = True
     """Turn images by right angles (half turns only, where they are not square)."""
+    shift_px: Annotated[int, Field(ge=0)] = 0
+    """Move images by up to so many pixels, up, down and aside; what comes into view repeats the edge; 0: off."""
     exposure: NonNegative = 0.2
     """Brightness and contrast change by up to this share; 0: off."""
     blur_px: NonNegative = 0.0

@@ -25,7 +25,8 @@ def draw_parameters(seeds: np.ndarray, config: AugmentConfig, square: bool) -> d
     """What happens to each row, from its uint64 seed alone; only the entries of effects that are on.
 
     augment_flip_x, augment_flip_y: int64 [n], 1 mirrors left to right, and top to bottom. augment_turn: int64 [n],
-    right angles; 0 or 2 unless square. augment_shift: int64 [n, 2], pixels up and to the left. augment_exposure: float32 [n, 2], factors of contrast and of mean brightness.
+    right angles; 0 or 2 unless square. augment_shift: int64 [n, 2], pixels up and to the left. augment_exposure:
+    float32 [n, 2], factors of contrast and of mean brightness.
     augment_blur: float32 [n, radius + 1], half of a Gaussian kernel. augment_noise: float32 [n], standard deviation,
     and augment_noise_seed: int64 [n].
     """
@@ -53,7 +54,8 @@ def draw_parameters(seeds: np.ndarray, config: AugmentConfig, square: bool) -> d
 def apply(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """The images float [n, channels, height, width] in 0..1 under the parameters of `draw_parameters`.
 
-    In the order: turn, mirror, shift (the edge is repeated), exposure, blur, noise. The input is left as it is; with no parameters it is the result.
+    In the order: turn, mirror, shift (the edge is repeated), exposure, blur, noise. The input is left as it is; with no
+    parameters it is the result.
     """
     moved = any(name in parameters for name in ("augment_turn", "augment_flip_x", "augment_flip_y", "augment_shift"))
     result = _move(images, parameters) if moved else images

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.defect_detection import losses
-from recipes.defect_detection.model import DefectClassifier, DefectNetwork, TextureHead, Tiles, peak, small, tile_starts
+from recipes.defect_detection.model import (
+    HEAT_SIDE,
+    DefectClassifier,
+    DefectNetwork,
+    TextureHead,
+    Tiles,
+    peak,
+    spread,
+    tile_starts,
+)
 from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
 
 
@@ -91,12 +100,22 @@ def test_without_a_good_class_the_heat_map_is_of_the_predicted_class() -> None:
     torch.testing.assert_close(heat[0], torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
 
 
-def test_a_heat_map_that_is_made_smaller_keeps_its_peak() -> None:
-    heat = torch.zeros(1, 96, 50)
-    heat[0, 70, 3] = 1.0
-    assert small(heat).shape == (1, 24, 24)
-    assert small(heat)[0, 70 * 24 // 96, 3 * 24 // 50] == 1.0
-    assert small(torch.zeros(2, 9, 24)).shape == (2, 9, 24)
+def test_a_kept_heat_map_lies_over_its_image() -> None:
+    """Whatever the stride, and where the first place lies: the hottest cell is where the peak is."""
+    for stride, middle, (height, width), (y, x) in [
+        (4, 2.0, (96, 128), (5, 20)),
+        (32, 0.5, (150, 150), (1, 3)),
+        (8, 0.5, (128, 128), (15, 15)),
+        (2, 1.0, (200, 400), (97, 3)),
+    ]:
+        heat = torch.zeros(1, -(-height // stride), -(-width // stride))
+        heat[0, y, x] = 1.0
+        kept = spread(heat, stride, middle, height, width)
+        cell = max(height, width) / HEAT_SIDE
+        assert kept.shape == (1, round(height / cell), round(width / cell))
+        hottest = np.array(np.unravel_index(int(kept.argmax()), kept.shape[1:]))
+        np.testing.assert_allclose((hottest + 0.5) * cell, [y * stride + middle, x * stride + middle], atol=cell)
+        assert kept.max() > 0.5
 
 
 @pytest.mark.parametrize("length", [32, 33, 64, 100, 101])

@@ -16,7 +16,7 @@ from recipes.defect_detection import augment, losses
 # Of the texture features in training: there are many, and few images.
 _TEXTURE_DROPOUT = 0.3
 HEAT_SIDE = 24
-"""Most cells of a heat map along a side; larger maps are made smaller by their maxima."""
+"""Cells of a kept heat map along the image's longer side."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class DefectClassifier(nn.Module):
         answers = {
             "probability": (logits + self.correction).softmax(1),
             "peak": peak(heat, self.stride, self.middle) / size,
-            "heat": small(heat),
+            "heat": spread(heat, self.stride, self.middle, *images.shape[2:]),
         }
         answers |= {name: batch[name] for name in ("readable", "place") if name in batch}
         return {**answers, "feature": torch.cat(features, 1)} if self.gives_features else answers
@@ -245,7 +245,24 @@ def peak(heat: Tensor, stride: int, middle: float) -> Tensor:
     return (centre + aside) * stride + middle
 
 
-def small(heat: Tensor) -> Tensor:
-    """The map with at most HEAT_SIDE cells along a side."""
-    side = [min(length, HEAT_SIDE) for length in heat.shape[1:]]
-    return heat if list(heat.shape[1:]) == side else F.adaptive_max_pool2d(heat[:, None], side)[:, 0]
+def spread(heat: Tensor, stride: int, middle: float, height: int, width: int) -> Tensor:
+    """The map [n, h, w] on even cells over the image: [n, rows, columns], HEAT_SIDE along the longer side.
+
+    stride, middle: see `peak`. Larger maps are made smaller by their maxima; between places it is interpolated.
+    """
+    most = -(-max(heat.shape[1:]) // HEAT_SIDE)
+    maps = F.max_pool2d(heat[:, None], most, ceil_mode=True)
+    step, first = stride * most, middle + (most - 1) * stride / 2
+    rows, columns = (max(1, round(HEAT_SIDE * side / max(height, width))) for side in (height, width))
+
+    def places(cells: int, pixels: int, count: int) -> Tensor:
+        """Where the middles of the cells lie in the map, as grid_sample wants it: its edges are at -1 and 1."""
+        at = (torch.arange(cells, device=heat.device) + 0.5) * pixels / cells
+        return ((at - first) / step + 0.5) * 2 / count - 1
+
+    y, x = places(rows, height, maps.shape[2]), places(columns, width, maps.shape[3])
+    grid = torch.stack([x.expand(rows, columns), y[:, None].expand(rows, columns)], 2)
+    wide = F.grid_sample(
+        maps, grid.expand(len(maps), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return wide[:, 0]

@@ -120,6 +120,8 @@ def nearest_change(need: Need, facts: ModelFacts, fits: list[Fit], budget: int, 
     whole = own + ("parallel.offload=null " if need.offload else "")
     plain = replace(need, offload=None)
     every = candidates(plain, "auto")
+    if least.estimate.moment == "evaluation" and (smaller := _smaller_evaluation(need, facts, fits, budget)):
+        return smaller
     recompute = "train.activation_checkpointing=true"
     trials = [] if free else [(own, need, tuple(entry.strategy for entry in fits))]
     trials.append((f"{whole}parallel.strategy=auto", plain, every))
@@ -145,6 +147,21 @@ def nearest_change(need: Need, facts: ModelFacts, fits: list[Fit], budget: int, 
             words = f"{whole}parallel.strategy=fsdp"
             return f"The nearest change: {world} ranks and {words} would fit ({gib(found.estimate.peak)} a rank)."
     return f"Nothing that can be set makes it fit; the least is {gib(least.estimate.peak)} ({_in_words(least)})."
+
+
+def _smaller_evaluation(need: Need, facts: ModelFacts, fits: list[Fit], budget: int) -> str | None:
+    """The most rows of an evaluation batch, halved again and again, with which the training fits as it is."""
+    rows = need.evaluation_rows // 2
+    while rows:
+        for entry in fits:
+            found = smallest_accumulation(replace(need, evaluation_rows=rows), facts, entry.strategy, 1, budget)
+            if found.fits:
+                return (
+                    f"The evaluation needs the most. The nearest change: eval.batch_size={rows} would fit "
+                    f"({_in_words(found)}, {gib(found.estimate.peak)})."
+                )
+        rows //= 2
+    return None
 
 
 def too_large(need: Need, facts: ModelFacts, fits: list[Fit], budget: int, free: bool) -> ConfigError:

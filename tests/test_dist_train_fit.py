@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,12 +44,18 @@ def _profile(checkpointing: bool, parameters: int = 2**28, row_bytes: int = GIB 
     return ModelProfile(blocks, 0, (1, 2), (16,), line, line, [[0], [0]], "made up")
 
 
-def _plan(memory_gib: float, gpus: int = 8, nodes: int = 1, **sections: Any) -> LaunchPlan:
+def _plan(
+    memory_gib: float,
+    gpus: int = 8,
+    nodes: int = 1,
+    profile: Callable[[bool], ModelProfile] = _profile,
+    **sections: Any,
+) -> LaunchPlan:
     hardware = Hardware("planned", "", 64, 0.0, tuple(Gpu(i, f"p{i}", "made up", memory_gib) for i in range(gpus)))
     parallel = {"nodes": nodes, "processes_per_node": gpus, **sections.pop("parallel", {})}
     train = {"global_batch_size": 64, "steps": 10, **sections.pop("train", {})}
     config = TinyConfig(recipe="tiny", parallel=parallel, train=train, **sections)
-    return make_plan(config, hardware, len(LENGTHS), facts=ModelFacts(_profile, LENGTHS))
+    return make_plan(config, hardware, len(LENGTHS), facts=ModelFacts(profile, LENGTHS))
 
 
 def test_the_least_sharding_that_fits_is_chosen() -> None:
@@ -83,6 +91,15 @@ def test_what_cannot_fit_is_refused_with_the_nearest_change(
     with pytest.raises(ConfigError, match="the training does not fit") as refusal:
         _plan(memory_gib, gpus, **sections)
     assert words in str(refusal.value)
+
+
+def test_where_the_evaluation_is_what_does_not_fit_its_batch_is_named() -> None:
+    def profile(checkpointing: bool) -> ModelProfile:
+        return replace(_profile(checkpointing), evaluation=[[GIB], [2 * GIB]])
+
+    with pytest.raises(ConfigError, match=r"The nearest change: eval\.batch_size=64 would fit"):
+        _plan(80, profile=profile, eval={"batch_size": 256})
+    assert _plan(80, profile=profile, eval={"batch_size": 64}).strategy
 
 
 @pytest.mark.parametrize("memory_gib", [2.6, 3.0, 3.5, 4.0, 4.5, 5.3])

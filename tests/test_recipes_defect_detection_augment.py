@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
@@ -15,7 +16,7 @@ from recipes.defect_detection.augment import _mix64, apply, draw_parameters
 from recipes.defect_detection.config import AugmentConfig
 
 OFF = {"flips": False, "turns": False, "exposure": 0.0}
-ALL = AugmentConfig(flips=True, turns=True, exposure=0.3, blur_px=1.2, noise=0.1)
+ALL = AugmentConfig(flips=True, turns=True, shift_px=2, exposure=0.3, blur_px=1.2, noise=0.1)
 
 
 def _seeds(count: int, first: int = 0) -> np.ndarray:
@@ -42,6 +43,7 @@ def test_with_all_off_nothing_happens() -> None:
     [
         ({"flips": True}, {"augment_flip_x", "augment_flip_y"}),
         ({"turns": True}, {"augment_turn"}),
+        ({"shift_px": 2}, {"augment_shift"}),
         ({"exposure": 0.1}, {"augment_exposure"}),
         ({"blur_px": 1.0}, {"augment_blur"}),
         ({"noise": 0.1}, {"augment_noise", "augment_noise_seed"}),
@@ -96,6 +98,14 @@ def test_turns_and_flips_are_permutations_and_all_eight_occur_alike() -> None:
     }
     assert set(found) == expected
     assert min(found.values()) > 60
+
+
+def test_shifts_reach_as_far_as_asked_for_and_repeat_the_edge() -> None:
+    images = _images(1, 2, 6, 9).expand(300, 2, 6, 9)
+    config = AugmentConfig(**{**OFF, "shift_px": 2})
+    padded = F.pad(images[:1], (2, 2, 2, 2), mode="replicate")[0]
+    expected = {padded[:, y : y + 6, x : x + 9].contiguous().numpy().tobytes() for y in range(5) for x in range(5)}
+    assert {row.contiguous().numpy().tobytes() for row in _augmented(images, config)} == expected
 
 
 def test_turns_are_counter_clockwise_and_flips_as_named() -> None:

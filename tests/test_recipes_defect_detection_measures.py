@@ -72,17 +72,17 @@ def test_recall_is_told_by_kind_and_size_of_defect() -> None:
 def test_heat_map_hits_stand_beside_the_middle_and_a_random_point() -> None:
     mask = np.zeros((10, 20), dtype=np.uint8)
     mask[0:2, 0:10] = 1
-    peaks = np.array([[0.15, 0.2], [0.35, 0.6], [0.05, 0.05]])
+    peaks = np.array([[0.15, 0.2], [0.25, 0.52], [0.05, 0.05]])
     rows = make_predictions(np.array([0.9, 0.8, 0.1]), np.ones(3, dtype=bool)).drop_columns(["probability"])
     outputs = {"probability": np.array([[0.1, 0.9], [0.2, 0.8], [0.9, 0.1]]), "peak": peaks}
-    outputs["heat"] = np.zeros((3, 5, 5))  # cells of 2 x 4 pixels
+    outputs["heat"] = np.zeros((3, 5, 5))
     table = make_table(rows, outputs, Header(BINARY, 0, True), [mask, mask, mask])
     values = _values(scored.decide(table, DECISION))
     assert values["peak_in_mask"] == 0.5, "the third one is not found, and so has no part in it"
     assert values["centre_in_mask"] == 0.0
     assert values["random_point_in_mask"] == pytest.approx(0.1)
     near = [values[f"{point}_near_mask"] for point in ("peak", "centre", "random_point")]
-    assert near == pytest.approx([0.5, 0.0, 3 * 12 / 200])
+    assert near == pytest.approx([1.0, 0.0, 3 * 11 / 200]), "one pixel aside of 20"
 
 
 def test_a_split_without_defective_parts_has_no_recall_and_says_so() -> None:

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from recipes.defect_detection import losses
-from recipes.defect_detection.model import DefectClassifier, DefectNetwork, Tiles, peak, small, tile_starts
+from recipes.defect_detection.model import (
+    HEAT_SIDE,
+    DefectClassifier,
+    DefectNetwork,
+    TextureHead,
+    Tiles,
+    peak,
+    spread,
+    tile_starts,
+)
 from recipes.defect_detection.sampling import logit_adjustment, prior_correction, repeated_rows
 
 
@@ -93,12 +102,22 @@ def test_without_a_good_class_the_heat_map_is_of_the_predicted_class() -> None:
     torch.testing.assert_close(heat[0], torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
 
 
-def test_a_heat_map_that_is_made_smaller_keeps_its_peak() -> None:
-    heat = torch.zeros(1, 96, 50)
-    heat[0, 70, 3] = 1.0
-    assert small(heat).shape == (1, 24, 24)
-    assert small(heat)[0, 70 * 24 // 96, 3 * 24 // 50] == 1.0
-    assert small(torch.zeros(2, 9, 24)).shape == (2, 9, 24)
+def test_a_kept_heat_map_lies_over_its_image() -> None:
+    """Whatever the stride, and where the first place lies: the hottest cell is where the peak is."""
+    for stride, middle, (height, width), (y, x) in [
+        (4, 2.0, (96, 128), (5, 20)),
+        (32, 0.5, (150, 150), (1, 3)),
+        (8, 0.5, (128, 128), (15, 15)),
+        (2, 1.0, (200, 400), (97, 3)),
+    ]:
+        heat = torch.zeros(1, -(-height // stride), -(-width // stride))
+        heat[0, y, x] = 1.0
+        kept = spread(heat, stride, middle, height, width)
+        cell = max(height, width) / HEAT_SIDE
+        assert kept.shape == (1, round(height / cell), round(width / cell))
+        hottest = np.array(np.unravel_index(int(kept.argmax()), kept.shape[1:]))
+        np.testing.assert_allclose((hottest + 0.5) * cell, [y * stride + middle, x * stride + middle], atol=cell)
+        assert kept.max() > 0.5
 
 
 @pytest.mark.parametrize("length", [32, 33, 64, 100, 101])
@@ -162,7 +181,7 @@ def _batch(count: int = 4) -> dict[str, Tensor]:
 
 
 def test_an_image_that_cannot_be_read_counts_nothing_in_the_loss() -> None:
-    model, batch = DefectClassifier(_network()).train(), _batch()
+    model, batch = DefectClassifier([_network()]).train(), _batch()
     others = {name: value[1:] for name, value in batch.items()}
     batch["readable"][0] = 0.0
     torch.testing.assert_close(model(batch), model(others))
@@ -171,13 +190,32 @@ def test_an_image_that_cannot_be_read_counts_nothing_in_the_loss() -> None:
 def test_the_adjusted_logits_train_and_the_corrected_ones_answer() -> None:
     batch = _batch()
     plain, moved = (
-        DefectClassifier(_network()),
-        DefectClassifier(_network(), adjustment=[0.0, 2.0], correction=[0.0, 1.0]),
+        DefectClassifier([_network()]),
+        DefectClassifier([_network()], adjustment=[0.0, 2.0], correction=[0.0, 1.0]),
     )
     assert moved.train()(batch) != plain.train()(batch)
-    logits, _, _ = plain.network(batch["image"].float() / 255)
+    logits, _, _ = plain.networks[0](batch["image"].float() / 255)
     expected = (logits + torch.tensor([0.0, 1.0])).softmax(1)
     torch.testing.assert_close(moved.eval()(batch)["probability"], expected)
+
+
+def test_the_members_learn_each_by_its_own_loss_and_answer_by_the_mean_of_their_logits() -> None:
+    batch = {**_batch(), "texture": torch.randn(4, 3, generator=torch.Generator().manual_seed(1))}
+    texture = TextureHead([0.0] * 3, [1.0] * 3, 2)
+    nn.init.normal_(texture.out.weight)
+    other = _network()
+    nn.init.constant_(other.head.weight, 3.0)
+    alone = [DefectClassifier([network]) for network in (_network(), other)]
+    model = DefectClassifier([_network(), other], texture=texture).eval()
+    logits = [*(each.networks[0](batch["image"] / 255)[0] for each in alone), texture(batch["texture"])]
+    answers = model(batch)
+    torch.testing.assert_close(answers["probability"], torch.stack(logits).mean(0).softmax(1))
+    heats = torch.stack([each.eval()(batch)["heat"] for each in alone])
+    torch.testing.assert_close(answers["heat"], heats.mean(0))
+    model.train()
+    texture.eval()  # its dropout would draw
+    own = sum(losses.cross_entropy(each, batch["target"]).sum() for each in logits) / 3
+    torch.testing.assert_close(model(batch), own)
 
 
 def test_adjusting_and_correcting_give_the_probabilities_of_the_wanted_shares() -> None:

@@ -183,7 +183,7 @@ def test_texture_features_follow_the_image_that_they_are_of(words: list[str]) ->
 def test_texture_features_alone_can_decide(words: list[str]) -> None:
     task = _task(words, "model.texture=true")
     torch.manual_seed(0)
-    head = task.build_model().network.texture
+    head = task.build_model().texture
     batch = _batch(task, list(range(60)))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     losses = []

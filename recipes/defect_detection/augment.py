@@ -18,14 +18,15 @@ from torch.nn.functional import pad
 from dist_train.data import mix64
 from recipes.defect_detection.config import AugmentConfig
 
-_FLIP_X, _FLIP_Y, _TURN, _GAIN, _BRIGHTNESS, _BLUR, _NOISE, _NOISE_SEED = range(8)
+_FLIP_X, _FLIP_Y, _TURN, _GAIN, _BRIGHTNESS, _BLUR, _NOISE, _NOISE_SEED, _SHIFT_Y, _SHIFT_X = range(10)
 
 
 def draw_parameters(seeds: np.ndarray, config: AugmentConfig, square: bool) -> dict[str, Tensor]:
     """What happens to each row, from its uint64 seed alone; only the entries of effects that are on.
 
     augment_flip_x, augment_flip_y: int64 [n], 1 mirrors left to right, and top to bottom. augment_turn: int64 [n],
-    right angles; 0 or 2 unless square. augment_exposure: float32 [n, 2], factors of contrast and of mean brightness.
+    right angles; 0 or 2 unless square. augment_shift: int64 [n, 2], pixels up and to the left. augment_exposure:
+    float32 [n, 2], factors of contrast and of mean brightness.
     augment_blur: float32 [n, radius + 1], half of a Gaussian kernel. augment_noise: float32 [n], standard deviation,
     and augment_noise_seed: int64 [n].
     """
@@ -36,6 +37,9 @@ def draw_parameters(seeds: np.ndarray, config: AugmentConfig, square: bool) -> d
     if config.turns:
         turns = np.floor(_uniform(seeds, _TURN) * 4).astype(np.int64)
         parameters["augment_turn"] = turns if square else turns % 2 * 2
+    if config.shift_px > 0:
+        draws = np.stack([_uniform(seeds, _SHIFT_Y), _uniform(seeds, _SHIFT_X)], axis=1)
+        parameters["augment_shift"] = np.floor(draws * (2 * config.shift_px + 1)).astype(np.int64) - config.shift_px
     if config.exposure > 0:
         draws = np.stack([_uniform(seeds, _GAIN), _uniform(seeds, _BRIGHTNESS)], axis=1)
         parameters["augment_exposure"] = ((1 + config.exposure) ** (2 * draws - 1)).astype(np.float32)
@@ -50,10 +54,11 @@ def draw_parameters(seeds: np.ndarray, config: AugmentConfig, square: bool) -> d
 def apply(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     """The images float [n, channels, height, width] in 0..1 under the parameters of `draw_parameters`.
 
-    In the order: turn, mirror, exposure, blur, noise. The input is left as it is; with no parameters it is the result.
+    In the order: turn, mirror, shift (the edge is repeated), exposure, blur, noise. The input is left as it is; with no
+    parameters it is the result.
     """
-    turned = any(name in parameters for name in ("augment_turn", "augment_flip_x", "augment_flip_y"))
-    result = _orient(images, parameters) if turned else images
+    moved = any(name in parameters for name in ("augment_turn", "augment_flip_x", "augment_flip_y", "augment_shift"))
+    result = _move(images, parameters) if moved else images
     exposure, kernels = parameters.get("augment_exposure"), parameters.get("augment_blur")
     if exposure is not None:
         result = _expose(result, exposure)
@@ -83,15 +88,15 @@ def _half_kernels(deviations: np.ndarray, largest: float) -> np.ndarray:
     return (weights / (2 * weights.sum(axis=1, keepdims=True) - 1)).astype(np.float32)
 
 
-def _orient(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-    """Turned and mirrored: each pixel of the result is one of the same row, found by a transpose and two reversals."""
-    turn, flip_x, flip_y = (parameters.get(f"augment_{name}") for name in ("turn", "flip_x", "flip_y"))
+def _move(images: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Turned, mirrored and shifted: each pixel of the result is one of the same row."""
+    turn, flip_x, flip_y, shift = (parameters.get(f"augment_{name}") for name in ("turn", "flip_x", "flip_y", "shift"))
     reverse_x = _either(flip_x, None if turn is None else turn // 2)
     # A turn by one right angle, counter-clockwise, is a transpose and then top to bottom; by two, both reversals.
     reverse_y = _either(flip_y, None if turn is None else (turn + 1) // 2 % 2)
     height, width = images.shape[2:]
-    y = _places(reverse_y, height, images)
-    x = _places(reverse_x, width, images)
+    y = _places(reverse_y, None if shift is None else shift[:, 0], height, images)
+    x = _places(reverse_x, None if shift is None else shift[:, 1], width, images)
     if turn is None or height != width:
         source = (y * width)[:, :, None] + x[:, None, :]
     else:
@@ -109,9 +114,11 @@ def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one ^ other
 
 
-def _places(reverse: Tensor | None, size: int, images: Tensor) -> Tensor:
-    """Positions int64 [n, size] along an axis, from the other end in the rows to reverse."""
+def _places(reverse: Tensor | None, shift: Tensor | None, size: int, images: Tensor) -> Tensor:
+    """Positions int64 [n, size] along an axis, moved by the shift, from the other end in the rows to reverse."""
     forward = torch.arange(size, device=images.device).expand(len(images), size)
+    if shift is not None:
+        forward = (forward + shift[:, None]).clamp(0, size - 1)
     return forward if reverse is None else torch.where(reverse[:, None] == 1, size - 1 - forward, forward)
 
 

@@ -149,7 +149,7 @@ class ModelConfig(Section):
     """Folder or hub name of a Hugging Face image model; null trains an own network from scratch."""
     revision: str | None = None
     """Revision of the hub model; null takes the newest and records it."""
-    widths: Annotated[list[Positive], Field(min_length=1)] = [32, 64, 128, 192]
+    widths: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128]
     """Channels of each stage (own networks)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [1, 1, 2, 1]
     """Blocks of each stage (own networks)."""
@@ -162,8 +162,11 @@ class ModelConfig(Section):
     standardise: Flag = False
     """Bring each image to mean 0 and deviation 1 of its own instead of the training images': where brightness and
     roughness differ from part to part and do not tell a defect."""
+    members: Positive = 1
+    """Networks side by side, each trained by its own loss; the mean of their logits answers. More of them take as much
+    longer, and err less where images are few."""
     texture: Flag = False
-    """Give the head classical texture features of the image too, beside what the network sees in it."""
+    """Another member beside them, a small network over classical texture features of the image."""
     top_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The score is the mean over this share of the image's places, those that speak most for a defect; small defects
     need a small one, 1 takes all."""
@@ -200,6 +203,8 @@ class AugmentConfig(Section):
     """Mirror images at random: only where a mirrored part could be a real one."""
     turns: Flag = True
     """Turn images by right angles (half turns only, where they are not square)."""
+    shift_px: Annotated[int, Field(ge=0)] = 0
+    """Move images by up to so many pixels, up, down and aside; what comes into view repeats the edge; 0: off."""
     exposure: NonNegative = 0.2
     """Brightness and contrast change by up to this share; 0: off."""
     blur_px: NonNegative = 0.0

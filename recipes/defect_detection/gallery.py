@@ -113,8 +113,8 @@ def _grid(table: pa.Table, stored: StoredImages, title: str, caption: str, rows:
             extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         )
         right.plot(
-            table["peak_x"][row].as_py() * width,
-            table["peak_y"][row].as_py() * height,
+            table["peak_x"][row].as_py() * width - 0.5,
+            table["peak_y"][row].as_py() * height - 0.5,
             "x",
             color="#00FFFF",
             markersize=4,

@@ -16,7 +16,7 @@ from recipes.defect_detection import augment, losses
 # Of the texture features in training: there are many, and few images.
 _TEXTURE_DROPOUT = 0.3
 HEAT_SIDE = 24
-"""Most cells of a heat map along a side; larger maps are made smaller by their maxima."""
+"""Cells of a kept heat map along the image's longer side."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,13 @@ class DefectNetwork(nn.Module):
         dropout: float = 0.0,
         top_share: float = 1.0,
         tiles: Tiles | None = None,
-        texture: nn.Module | None = None,
         standardise: bool = False,
     ) -> None:
         """good: index of the class of parts without a defect. mean, std: of each channel, images being in 0..1.
-        top_share: the share of the places that count. texture: from texture features [n, d] to logits, which are
-        added. standardise: see `standardised`, instead of mean and std."""
+        top_share: the share of the places that count. standardise: see `standardised`, instead of mean and std."""
         super().__init__()
         described: Any = backbone
         self.backbone = backbone
-        self.texture = texture
         self.head = nn.Linear(described.out_channels, num_classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
@@ -63,9 +60,8 @@ class DefectNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None])
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None])
 
-    def forward(self, images: Tensor, textures: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """images [n, channels, height, width] in 0..1, textures [n, d] -> logits [n, classes], heat [n, h, w], features
-        [n, width].
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images [n, channels, height, width] in 0..1 -> logits [n, classes], heat [n, h, w], features [n, width].
 
         Heat is how far each place speaks for a defect: its highest logit of a defect above that of good. Without a good
         class it speaks for the predicted class.
@@ -74,12 +70,8 @@ class DefectNetwork(nn.Module):
         if self.tiles is None:
             maps, features = self._look(images)
             logits = self._pool(maps)
-            heat = self._heat(maps, logits)
-        else:
-            logits, heat, features = self._look_at_tiles(images, self.tiles)
-        if self.texture is not None:
-            logits = logits + self.texture(textures).float()
-        return logits, heat, features
+            return logits, self._heat(maps, logits), features
+        return self._look_at_tiles(images, self.tiles)
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at each place [n, classes, h, w], and the mean features [n, width]."""
@@ -171,42 +163,60 @@ class TextureHead(nn.Module):
 
 
 class DefectClassifier(nn.Module):
-    """A network with augmentation before it, and the loss or the answers behind it."""
+    """Networks side by side with augmentation before them, and the loss or the answers behind them.
+
+    Each learns by its own loss, and the mean of their logits answers (Lakshminarayanan et al. 2017, "deep ensembles"):
+    on few images they err in different places, the more so a head that reads classical texture features.
+    """
 
     def __init__(
         self,
-        network: DefectNetwork,
+        networks: Sequence[DefectNetwork],
         loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
         label_smoothing: float = 0.0,
         adjustment: Sequence[float] | None = None,
         correction: Sequence[float] | None = None,
         gives_features: bool = False,
+        texture: TextureHead | None = None,
     ) -> None:
         """adjustment: added to the logits in training; correction: in evaluation [classes]. gives_features: also answer
         the pooled features."""
         super().__init__()
-        self.network = network
+        self.networks, self.texture = nn.ModuleList(networks), texture
+        self.stride, self.middle = networks[0].stride, networks[0].middle
         self.loss, self.label_smoothing, self.gives_features = loss, label_smoothing, gives_features
-        zero = [0.0] * network.head.out_features
+        zero = [0.0] * networks[0].head.out_features
         self.adjustment: Tensor
         self.correction: Tensor
         self.register_buffer("adjustment", torch.tensor(adjustment or zero, dtype=torch.float32))
         self.register_buffer("correction", torch.tensor(correction or zero, dtype=torch.float32))
 
     def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
-        """batch: image [n, channels, height, width] uint8, target [n, classes], readable [n], weight [n], and what
-        `augment.draw_parameters` gives."""
+        """batch: image [n, channels, height, width] uint8, target [n, classes], readable [n], weight [n], perhaps
+        texture [n, d], and what `augment.draw_parameters` gives."""
         images = batch["image"].float() / 255
         if self.training:
-            logits, _, _ = self.network(augment.apply(images, batch), batch.get("texture"))
+            images = augment.apply(images, batch)
             target = losses.smooth(batch["target"], self.label_smoothing)
-            return weighted_sum(self.loss(logits + self.adjustment, target), batch["weight"] * batch["readable"])
-        logits, heat, features = self.network(images, batch.get("texture"))
+            rows = [self.loss(logits + self.adjustment, target) for logits in self._members(images, batch)[0]]
+            return weighted_sum(torch.stack(rows).mean(0), batch["weight"] * batch["readable"])
+        members, heats, features = self._members(images, batch)
+        logits, heat = torch.stack(members).mean(0), torch.stack(heats).mean(0)
         size = torch.tensor(images.shape[2:], device=heat.device)
-        where = peak(heat, self.network.stride, self.network.middle) / size
-        answers = {"probability": (logits + self.correction).softmax(1), "peak": where, "heat": small(heat)}
+        answers = {
+            "probability": (logits + self.correction).softmax(1),
+            "peak": peak(heat, self.stride, self.middle) / size,
+            "heat": spread(heat, self.stride, self.middle, *images.shape[2:]),
+        }
         answers |= {name: batch[name] for name in ("readable", "place") if name in batch}
-        return {**answers, "feature": features} if self.gives_features else answers
+        return {**answers, "feature": torch.cat(features, 1)} if self.gives_features else answers
+
+    def _members(self, images: Tensor, batch: Batch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Logits of each member, the texture's last, and heat maps and features of the networks."""
+        logits, heats, features = (list(each) for each in zip(*(seen(images) for seen in self.networks), strict=True))
+        if self.texture is not None:
+            logits.append(self.texture(batch["texture"]).float())
+        return logits, heats, features
 
 
 def tile_starts(length: int, tiles: Tiles, step: int) -> list[int]:
@@ -237,7 +247,24 @@ def peak(heat: Tensor, stride: int, middle: float) -> Tensor:
     return (centre + aside) * stride + middle
 
 
-def small(heat: Tensor) -> Tensor:
-    """The map with at most HEAT_SIDE cells along a side."""
-    side = [min(length, HEAT_SIDE) for length in heat.shape[1:]]
-    return heat if list(heat.shape[1:]) == side else F.adaptive_max_pool2d(heat[:, None], side)[:, 0]
+def spread(heat: Tensor, stride: int, middle: float, height: int, width: int) -> Tensor:
+    """The map [n, h, w] on even cells over the image: [n, rows, columns], HEAT_SIDE along the longer side.
+
+    stride, middle: see `peak`. Larger maps are made smaller by their maxima; between places it is interpolated.
+    """
+    most = -(-max(heat.shape[1:]) // HEAT_SIDE)
+    maps = F.max_pool2d(heat[:, None], most, ceil_mode=True)
+    step, first = stride * most, middle + (most - 1) * stride / 2
+    rows, columns = (max(1, round(HEAT_SIDE * side / max(height, width))) for side in (height, width))
+
+    def places(cells: int, pixels: int, count: int) -> Tensor:
+        """Where the middles of the cells lie in the map, as grid_sample wants it: its edges are at -1 and 1."""
+        at = (torch.arange(cells, device=heat.device) + 0.5) * pixels / cells
+        return ((at - first) / step + 0.5) * 2 / count - 1
+
+    y, x = places(rows, height, maps.shape[2]), places(columns, width, maps.shape[3])
+    grid = torch.stack([x.expand(rows, columns), y[:, None].expand(rows, columns)], 2)
+    wide = F.grid_sample(
+        maps, grid.expand(len(maps), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return wide[:, 0]

@@ -15,6 +15,8 @@ BINARY = ["good", "defective"]
 """The labels where the target is good or defective."""
 DEFECTIVE = 1
 """Index of the latter among them."""
+NEAR = 1 / 32
+"""Share of an image's longer side that a point may lie aside of a mask and still be near it."""
 HITS = tuple(f"{point}_{where}_mask" for where in ("in", "near") for point in ("peak", "centre", "random_point"))
 """Columns of images with masks: 1 or 0 for a point that lies in or near the mask, of a random one the probability."""
 
@@ -59,7 +61,7 @@ def make_table(rows: pa.Table, outputs: Mapping[str, np.ndarray], header: Header
         columns["heat"] = as_lists(heat.reshape(len(heat), -1).astype(np.float16))
         header = Header(header.labels, header.good, header.is_binary, header.one_class, heat.shape[1:])
     if masks is not None:
-        columns |= _hits(outputs["peak"], masks, outputs["heat"].shape[1:])
+        columns |= _hits(outputs["peak"], masks)
     if "feature" in outputs:
         columns["feature"] = as_lists(outputs["feature"])
     return pa.table(columns).replace_schema_metadata({b"header": json.dumps(header.__dict__).encode()})
@@ -92,12 +94,12 @@ def as_lists(values: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
 
 
-def _hits(peaks: np.ndarray, masks: Any, heat_shape: tuple[int, int]) -> dict[str, Any]:
+def _hits(peaks: np.ndarray, masks: Any) -> dict[str, Any]:
     """Of each image with a mask, else null: whether the heat map's peak lies in the mask, whether the image's middle
     does, and the mask's share of the image, which is how often a random point would.
 
-    `near`: the same of all that is nearer to the mask than half a cell of the map, as finely as it can point (the
-    pointing game of Zhang et al. 2018, "Top-Down Neural Attention by Excitation Backprop", allows 15 pixels).
+    `near`: the same of all that is within NEAR of the image's longer side of the mask (the pointing game of Zhang et
+    al. 2018, "Top-Down Neural Attention by Excitation Backprop", allows 15 pixels of some 500).
     """
     columns: dict[str, list[Any]] = {name: [] for name in HITS}
     for (y, x), mask in zip(peaks.tolist(), masks, strict=True):
@@ -106,8 +108,7 @@ def _hits(peaks: np.ndarray, masks: Any, heat_shape: tuple[int, int]) -> dict[st
         else:
             height, width = mask.shape
             peak = min(int(y * height), height - 1), min(int(x * width), width - 1)
-            reach = [-(-side // (2 * cells)) for side, cells in zip(mask.shape, heat_shape, strict=True)]
-            near = maximum_filter(mask, size=[2 * pixels + 1 for pixels in reach])
+            near = maximum_filter(mask, size=2 * round(NEAR * max(mask.shape)) + 1)
             middle = height // 2, width // 2
             values = [bool(mask[peak]), bool(mask[middle]), float(mask.mean())]
             values += [bool(near[peak]), bool(near[middle]), float((near > 0).mean())]

@@ -16,7 +16,7 @@ from dist_train.prepared import load_facts
 from recipes.defect_detection import decisions, gallery, texture_baseline
 from recipes.defect_detection.config import Config
 from recipes.defect_detection.measures import measure_defects, recall_name
-from recipes.defect_detection.predictions import HITS, header_of, probabilities
+from recipes.defect_detection.predictions import HITS, NEAR, header_of, probabilities
 from recipes.defect_detection.sampling import is_one_class
 
 METRIC = "pr_auc"
@@ -74,8 +74,8 @@ def remarks(metrics: Mapping[str, Any]) -> list[str]:
         peak, middle, random, near_peak, near_middle, near_random = (metrics[name]["value"] for name in HITS)
         sentences.append(
             f"The heat map's peak lies in the marked defect of {peak:.1%} of the found parts; the image's middle does "
-            f"in {middle:.1%} of them, a random point in {random:.1%}. Within half a cell of the map of it they lie in "
-            f"{near_peak:.1%}, {near_middle:.1%} and {near_random:.1%}."
+            f"in {middle:.1%} of them, a random point in {random:.1%}. Within 1/{1 / NEAR:.0f} of the image's side of "
+            f"it they lie in {near_peak:.1%}, {near_middle:.1%} and {near_random:.1%}."
         )
     return sentences
 

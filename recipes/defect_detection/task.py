@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -78,19 +78,32 @@ class DefectTask:
         self._damaged: set[int] = set()
 
     def build_model(self) -> DefectClassifier:
-        config, model, task = self.config, self.config.model, self.config.task
-        backbone: Any
+        task, texture = self.config.task, None
+        if self.config.model.texture:
+            texture = TextureHead(self.facts["texture_mean"], self.facts["texture_std"], len(self.labels))
+        shares, own = self._sampled_shares(), self._counts / max(self._counts.sum(), 1)
+        loss = losses.cross_entropy
+        if task.loss == "focal":
+            loss = functools.partial(losses.focal, gamma=task.focal_gamma)
+        return DefectClassifier(
+            [self._network() for _ in range(self.config.model.members)],
+            loss,
+            task.label_smoothing,
+            logit_adjustment(shares, task.logit_adjustment).tolist(),
+            None if self.is_one_class else prior_correction(shares, own, task.logit_adjustment).tolist(),
+            self.is_one_class,
+            texture,
+        )
+
+    def _network(self) -> DefectNetwork:
+        model = self.config.model
         if model.kind == "pretrained":
-            backbone = build_pretrained(config, self.prepared, self.facts)
+            backbone: Any = build_pretrained(self.config, self.prepared, self.facts)
         else:
             backbone = build_backbone(
                 model.kind, self.facts["channels"], model.widths, model.depths, model.stem_stride, model.drop_path
             )
-        tiles = None if model.tile_px is None else Tiles(model.tile_px, model.tile_overlap, model.tile_top)
-        texture = None
-        if model.texture:
-            texture = TextureHead(self.facts["texture_mean"], self.facts["texture_std"], len(self.labels))
-        network = DefectNetwork(
+        return DefectNetwork(
             backbone,
             len(self.labels),
             self.header.good,
@@ -98,25 +111,12 @@ class DefectTask:
             self.facts["std"],
             model.dropout,
             model.top_share,
-            tiles,
-            texture,
+            None if model.tile_px is None else Tiles(model.tile_px, model.tile_overlap, model.tile_top),
             model.standardise,
-        )
-        shares, own = self._sampled_shares(), self._counts / max(self._counts.sum(), 1)
-        loss = losses.cross_entropy
-        if task.loss == "focal":
-            loss = functools.partial(losses.focal, gamma=task.focal_gamma)
-        return DefectClassifier(
-            network,
-            loss,
-            task.label_smoothing,
-            logit_adjustment(shares, task.logit_adjustment).tolist(),
-            None if self.is_one_class else prior_correction(shares, own, task.logit_adjustment).tolist(),
-            self.is_one_class,
         )
 
     def is_head(self, name: str) -> bool:
-        return name.startswith("network.head.")
+        return ".head." in name or name.startswith("texture.")
 
     def rows(self, split: str) -> ImageRows:
         return ImageRows(self, split)
@@ -201,8 +201,9 @@ class DefectTask:
         """The state, and of a pretrained backbone the config that it is built from."""
         assert isinstance(model, DefectClassifier)
         write_state(folder, model)
-        if isinstance(model.network.backbone, PretrainedBackbone):
-            save_config(model.network.backbone, folder)
+        backbone = cast(DefectNetwork, model.networks[0]).backbone
+        if isinstance(backbone, PretrainedBackbone):
+            save_config(backbone, folder)
 
     def read(self, row: int) -> tuple[np.ndarray, bool]:
         """A stored image, and whether it is what was stored. One that is not counts nothing in training, on whichever

@@ -16,8 +16,6 @@ _FITTED_SHARE = 0.5
 _COMPONENTS = 32
 # Good parts that are reviewed, and rejected, of those the thresholds are set by.
 REVIEWED_SHARE, REJECTED_SHARE = 0.05, 0.01
-
-
 # So many parts set a threshold that one more good part exceeds with a chance of REJECTED_SHARE.
 _LEAST_PARTS = round(1 / REJECTED_SHARE) - 1
 

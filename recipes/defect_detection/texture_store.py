@@ -18,7 +18,9 @@ _ROWS_A_JOB = 64
 
 
 def compute_textures(prepared: Path, rows: np.ndarray, say: Callable[[str], None]) -> np.ndarray:
-    """[n, features] float32 of these images of a prepared folder."""
+    """[n, features] float32 of these images of a prepared folder; those that it keeps are not computed again."""
+    if (prepared / FILE).is_file():
+        return np.array(np.load(prepared / FILE, mmap_mode="r")[rows])
     cuts = range(_ROWS_A_JOB, len(rows), _ROWS_A_JOB)
     jobs: Iterator[tuple[Any, ...]] = ((prepared, part) for part in np.split(rows, cuts))
     parts = []

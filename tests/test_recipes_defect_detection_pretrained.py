@@ -63,6 +63,17 @@ def test_any_model_gives_a_map_of_features_from_grey_or_colour(folder: Path) -> 
     assert grey.shape == (2, backbone.out_channels, side, side)
 
 
+def test_a_model_whose_config_names_no_width_shows_it(tmp_path: Path) -> None:
+    settings = transformers.EfficientNetConfig(
+        width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320, strides=[1, 1, 2, 2, 1, 1, 1]
+    )
+    transformers.EfficientNetModel(settings).save_pretrained(tmp_path)
+    backbone = build_pretrained(_config(tmp_path), tmp_path, {}).eval()
+    assert (backbone.out_channels, backbone.stride, backbone.middle) == (320, 8, 4)
+    with torch.no_grad():
+        assert backbone(torch.rand(2, 1, 48, 32)).shape == (2, 320, 6, 4)
+
+
 def test_a_place_of_the_map_looks_at_its_own_part_of_the_image(folder: Path) -> None:
     backbone = build_pretrained(_config(folder), folder, {}).eval()
     images = torch.rand(1, 3, 64, 64)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import ResNetConfig, ResNetModel
 
 from dist_train import config_io
 from dist_train.ablation import parse_ladder
@@ -54,6 +55,10 @@ def _batch(task: DefectTask, places: list[int], epoch: int = 0) -> dict[str, tor
 def test_every_shipped_recipe_file_takes_steps(words: list[str], tmp_path: Path, name: str) -> None:
     settings = [*words, "data.path=synthetic", "data.mask_path=null", "data.images=150", "train.epochs=null"]
     settings += ["train.steps=2", "data.synthetic.defective_share=0.3", "train.precision=fp32"]
+    if name.endswith("finetune"):
+        small = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        ResNetModel(small).save_pretrained(tmp_path / "hub")
+        settings += [f"model.pretrained={tmp_path}/hub"]
     losses, _ = run_ranks(1, take_steps, name, settings, "single", 1, str(tmp_path))[0]
     assert len(losses) == 2
     assert np.isfinite(losses).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from recipes.defect_detection.config import Config
 
 CONFIG_FILE = "backbone.json"
 """The model's own config, in the model folder."""
+# Side of the image that shows the shape of a model's feature map.
+_SHOWN_PX = 64
 
 
 class PretrainedBackbone(nn.Module):
@@ -109,15 +112,19 @@ def save_config(backbone: PretrainedBackbone, folder: Path) -> None:
 def _shape_of(model: Any) -> tuple[int, int]:
     """Channels of the last feature map, and how many pixels one of its places is wide. AttributeError for a model that
     is not for images."""
-    wrapped = getattr(model, "timm_model", None)
+    wrapped, config = getattr(model, "timm_model", None), model.config
     if wrapped is not None:
         return int(wrapped.num_features), int(wrapped.feature_info[-1]["reduction"])
-    config = model.config
-    sizes = getattr(config, "hidden_sizes", None) or [config.hidden_size]
-    if hasattr(config, "depths"):
-        first = getattr(config, "patch_size", 4)
-        return int(sizes[-1]), int(first * 2 ** (len(config.depths) - 1))
-    return int(sizes[-1]), int(config.patch_size)
+    if hasattr(config, "patch_size") and not hasattr(config, "depths"):
+        return int(config.hidden_size), int(config.patch_size)
+    if not hasattr(config, "num_channels"):
+        raise AttributeError(f"{type(model).__name__} has no num_channels")
+    # The families name their widths and strides in as many ways as there are: a small image shows them.
+    with torch.no_grad():
+        states = model.eval()(torch.zeros(1, config.num_channels, _SHOWN_PX, _SHOWN_PX)).last_hidden_state
+    if states.dim() == 4:
+        return int(states.shape[1]), _SHOWN_PX // int(states.shape[2])
+    return int(states.shape[2]), _SHOWN_PX // math.isqrt(int(states.shape[1]))
 
 
 def _as_map(states: Tensor, size: torch.Size, stride: int) -> Tensor:

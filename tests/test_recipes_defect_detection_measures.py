@@ -57,6 +57,14 @@ def test_escapes_overkill_and_reviews_are_counted_by_the_decisions() -> None:
     assert 0 < values["caught_at_least"] < values["caught"]
 
 
+def test_more_images_of_the_same_parts_make_nobody_surer_of_what_is_caught() -> None:
+    items = [str(index) for index in range(8)]
+    alone = _values(scored.decide(make_predictions(SCORE, DEFECTIVE, item=items), DECISION))
+    six_each = make_predictions(np.repeat(SCORE, 6), np.repeat(DEFECTIVE, 6), item=np.repeat(items, 6))
+    often = _values(scored.decide(six_each, DECISION))
+    assert often["caught_at_least"] == pytest.approx(alone["caught_at_least"])
+
+
 def test_recall_is_told_by_kind_and_size_of_defect() -> None:
     kinds = ["", "", "", "", "crack", "crack", "hole", ""]
     area = np.array([-1, -1, -1, -1, 10, 200, 5000, -1])

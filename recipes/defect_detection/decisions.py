@@ -95,7 +95,7 @@ def decisions_of(probability: np.ndarray, decision: Mapping[str, Any]) -> list[s
 
 
 def recall_at_least(caught: float, of: float) -> float:
-    """One-sided 95 % lower bound of a share (Clopper and Pearson 1934)."""
+    """One-sided 95 % lower bound of the share of defective parts that is caught (Clopper and Pearson 1934)."""
     return float(beta.ppf(1 - CONFIDENCE, caught, of - caught + 1)) if caught > 0 else 0.0
 
 
@@ -103,7 +103,7 @@ def _thresholds(score: np.ndarray, defective: np.ndarray, task: TaskConfig) -> d
     """flag_from suits F1 best; accept_below and reject_from cost least, each part weighed as it will be deployed."""
     if not defective.any():
         # Nothing to choose by: a part is defective where that is likelier than not.
-        nothing = {"deployed_share": task.deployed_share or 0.0, "data_share": 0.0, "recall_at_least": 0.0}
+        nothing = {"deployed_share": task.deployed_share or 0.0, "data_share": 0.0}
         return {"flag_from": 0.5, "accept_below": 0.5, "reject_from": 0.5, **nothing}
     order = np.argsort(score, kind="stable")
     ranked, is_defective = score[order], defective[order]
@@ -124,12 +124,10 @@ def _thresholds(score: np.ndarray, defective: np.ndarray, task: TaskConfig) -> d
         accept_below = reject_from = _best_threshold(
             ranked, lambda drawn: -_below_cut(drawn * escape) - _from_cut(drawn * overkill)
         )
-    caught = float((is_defective & (ranked >= accept_below)).sum())
     return {
         "flag_from": _best_threshold(ranked, f1),
         "accept_below": accept_below,
         "reject_from": reject_from,
-        "recall_at_least": recall_at_least(caught, float(defective.sum())),
         "deployed_share": deployed,
         "data_share": share,
         "costs": {"escape": task.cost_escape, "overkill": task.cost_overkill, "review": task.cost_review},

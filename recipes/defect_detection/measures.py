@@ -39,7 +39,7 @@ def measure_defects(table: pa.Table) -> Values:
         lambda weights: _named(calibration.values(weights), ("log_loss", "calibration_error")),
     ]
     if decided:
-        parts.append(_decisions(np.array(table["decision"].to_pylist()), defective))
+        parts.append(_decisions(table, defective))
         parts.append(_groups(table, flagged, defective))
     if decided and HITS[0] in table.column_names:
         parts.append(_hits(table, flagged & defective))
@@ -77,15 +77,18 @@ def _flags(flagged: np.ndarray, defective: np.ndarray, weights: np.ndarray) -> d
     }
 
 
-def _decisions(decision: np.ndarray, defective: np.ndarray) -> Values:
+def _decisions(table: pa.Table, defective: np.ndarray) -> Values:
+    decision = np.array(table["decision"].to_pylist())
     accepted, rejected, reviewed = (decision == word for word in (ACCEPT, REJECT, REVIEW))
+    # Images of one part are caught or missed together: the bound counts parts, an image being a share of its part.
+    _, part = np.unique(np.array(table["item"].to_pylist()), return_inverse=True)
+    of_a_part = defective / np.maximum(np.bincount(part, defective), 1)[part]
 
     def values(weights: np.ndarray) -> dict[str, float]:
-        there = weights @ defective
-        caught = weights @ (defective & ~accepted)
+        parts = weights @ of_a_part
         return {
-            "caught": _share(caught, there),
-            "caught_at_least": recall_at_least(caught, there) if there else np.nan,
+            "caught": _share(weights @ (defective & ~accepted), weights @ defective),
+            "caught_at_least": recall_at_least(weights @ (of_a_part * ~accepted), parts) if parts else np.nan,
             "overkill": _share(weights @ (rejected & ~defective), weights @ ~defective),
             "review_share": _share(weights @ reviewed, weights.sum()),
         }

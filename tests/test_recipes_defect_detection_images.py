@@ -303,7 +303,7 @@ def test_a_new_frame_says_where_it_lies(tmp_path: Path) -> None:
     Image.fromarray(pixels(0, 64, 32)).save(tmp_path / "a.png")
     frame = read_frame(str(tmp_path / "a.png"), data)
     assert frame.image.shape == (1, 32, 32)
-    assert frame.place == (0, 8, 0.5, 0.5)
+    assert frame.place == (0, 8, 32, 16, 64, 32)
     same = pixels(0, 64, 32)
     for source in ((tmp_path / "a.png").read_bytes(), same, np.dstack([same] * 3), same[:, :, None]):
         assert (read_frame(source, data).image == frame.image).all()

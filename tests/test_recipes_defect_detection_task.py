@@ -230,3 +230,18 @@ def test_predicting_holds_few_large_images_at_once(words: list[str], tmp_path: P
     assert [set(answer) >= {"decision", "probability"} for answer in predictor.predict(frames)] == [True] * 3
     write_record(tmp_path, task.config, {**task.facts, "size": [2048, 2048]}, record)
     assert Predictor(tmp_path, "cpu").chunk_rows == 16  # 64 MiB
+
+
+def test_a_peak_is_told_in_the_pixels_of_the_frame_and_never_beside_it(words: list[str]) -> None:
+    task = _task(words)
+    frame = np.zeros((SIDE, 4 * SIDE), dtype=np.uint8)  # above and below it the network sees a border
+    (example,) = task.encode([{"image": frame}]).take(np.array([0]))
+    outputs = {
+        "probability": np.full((3, 2), 0.5, dtype=np.float32),
+        "peak": np.array([[0.5, 0.25], [0.1, 0.0], [0.9, 1.0]]),
+        "place": np.tile(np.array(example.place, dtype=np.float32), (3, 1)),
+    }
+    decision = {"temperature": 1.0, "flag_from": 0.5, "accept_below": 0.5, "reject_from": 0.5}
+    answers = task.answers(outputs, decision)
+    np.testing.assert_allclose(answers["peak_y"], [SIDE / 2, 0, SIDE], atol=0.01)
+    np.testing.assert_allclose(answers["peak_x"], [SIDE, 0, 4 * SIDE], atol=0.01)

@@ -70,8 +70,8 @@ class Frame:
 
     image: np.ndarray
     """uint8 [channels, height, width]"""
-    place: tuple[float, float, float, float]
-    """Where its upper left corner lies (top, left), and by how much its height and width were changed."""
+    place: tuple[int, ...]
+    """Where it lies in there (top, left, height, width), and its own height and width."""
 
 
 def format_of(data: DataConfig, bits: int = 16) -> Format:
@@ -94,7 +94,7 @@ def read_frame(source: str | bytes | np.ndarray, data: DataConfig, bits: int = 1
     except UnreadableError as error:
         raise DataError(f"{source if isinstance(source, str) else 'an image'} {error}.") from None
     rows, columns, top, left = form.placed(image.height, image.width)
-    return Frame(fit_image(image, form), (top, left, rows / image.height, columns / image.width))
+    return Frame(fit_image(image, form), (top, left, rows, columns, image.height, image.width))
 
 
 def _from_array(values: np.ndarray, bits: int) -> Image.Image:

@@ -54,9 +54,8 @@ class Example(NamedTuple):
     trains: bool = False
     texture: np.ndarray | None = None
     """float32 [features], under model.texture."""
-    place: tuple[float, float, float, float] | None = None
-    """Of a new image: where it lies within what the network sees (top, left) and by how much it was made smaller or
-    larger (height, width)."""
+    place: tuple[int, ...] | None = None
+    """Of a new image, see `Frame.place`."""
 
 
 def make_task(config: Config, prepared: Path) -> DefectTask:
@@ -137,7 +136,7 @@ class DefectTask:
         if self.config.model.texture:
             batch["texture"] = torch.from_numpy(np.stack([self._texture(example) for example in examples]))
         if examples[0].place is not None:
-            batch["place"] = torch.tensor([example.place for example in examples])
+            batch["place"] = torch.tensor([example.place for example in examples], dtype=torch.float32)
         return batch
 
     def example_batch(self, rows: int, length: int) -> Batch:
@@ -183,7 +182,9 @@ class DefectTask:
     def answers(self, outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table:
         probability = decisions.calibrated(outputs["probability"], outputs.get("feature"), decision)
         place, peak = outputs["place"], outputs["peak"]
-        where = (peak * np.array(self.facts["size"]) - place[:, :2]) / place[:, 2:]
+        corner, extent, size = place[:, :2], place[:, 2:4], place[:, 4:]
+        # A peak in the border around the image belongs to the image's edge.
+        where = np.clip((peak * np.array(self.facts["size"]) - corner) / extent, 0, 1) * size
         predicted = decisions.predicted(probability, decision)
         columns: dict[str, Any] = {
             "predicted": pa.array([self.labels[index] for index in predicted.tolist()]),

@@ -85,10 +85,10 @@ def _decisions(table: pa.Table, defective: np.ndarray) -> Values:
     of_a_part = defective / np.maximum(np.bincount(part, defective), 1)[part]
 
     def values(weights: np.ndarray) -> dict[str, float]:
-        parts = weights @ of_a_part
+        parts = float(weights @ of_a_part)
         return {
             "caught": _share(weights @ (defective & ~accepted), weights @ defective),
-            "caught_at_least": recall_at_least(weights @ (of_a_part * ~accepted), parts) if parts else np.nan,
+            "caught_at_least": recall_at_least(float(weights @ (of_a_part * ~accepted)), parts) if parts else np.nan,
             "overkill": _share(weights @ (rejected & ~defective), weights @ ~defective),
             "review_share": _share(weights @ reviewed, weights.sum()),
         }

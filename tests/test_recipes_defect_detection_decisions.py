@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy.stats import binom
 
 from dist_train.calibration import sharpen
 from recipes.defect_detection import one_class
@@ -18,7 +17,6 @@ from recipes.defect_detection.decisions import (
     decide,
     decisions_of,
     predicted,
-    recall_at_least,
 )
 from recipes.defect_detection.predictions import Header, make_table, probabilities
 from tests.part_predictions import make_predictions
@@ -86,13 +84,6 @@ def test_another_share_of_defects_in_use_moves_thresholds_and_answers() -> None:
     odds = (0.01 / 0.99) / (defective.mean() / (1 - defective.mean()))
     np.testing.assert_allclose(answers, odds / (1 + odds), rtol=1e-6)
     np.testing.assert_allclose(as_deployed(np.array([0.3]), usual), 0.3)
-
-
-def test_the_lower_bound_of_recall_is_the_exact_one() -> None:
-    assert recall_at_least(0, 10) == 0.0
-    assert recall_at_least(10, 10) == pytest.approx(0.05 ** (1 / 10))
-    bound = recall_at_least(37, 40)
-    assert binom.sf(36, 40, bound) == pytest.approx(0.05)
 
 
 def test_with_classes_a_part_in_doubt_is_reviewed() -> None:

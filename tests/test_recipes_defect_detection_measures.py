@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import binom
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from recipes.defect_detection import score as scored
+from recipes.defect_detection.measures import recall_at_least
 from recipes.defect_detection.predictions import BINARY, Header, make_table
 from tests.part_predictions import make_predictions
 
@@ -55,6 +57,13 @@ def test_escapes_overkill_and_reviews_are_counted_by_the_decisions() -> None:
     assert values["overkill"] == pytest.approx(1 / 5), "0.9"
     assert values["review_share"] == pytest.approx(3 / 8), "0.3, 0.6 and 0.65"
     assert 0 < values["caught_at_least"] < values["caught"]
+
+
+def test_the_lower_bound_of_recall_is_the_exact_one() -> None:
+    assert recall_at_least(0, 10) == 0.0
+    assert recall_at_least(10, 10) == pytest.approx(0.05 ** (1 / 10))
+    bound = recall_at_least(37, 40)
+    assert binom.sf(36, 40, bound) == pytest.approx(0.05)
 
 
 def test_more_images_of_the_same_parts_make_nobody_surer_of_what_is_caught() -> None:

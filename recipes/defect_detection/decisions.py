@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import beta
 
 from dist_train.calibration import fit_temperature, sharpen
 from dist_train.metrics import bootstrap_weights
@@ -30,7 +29,6 @@ ACCEPT, REVIEW, REJECT = "accept", "review", "reject"
 # jumps with each of them.
 _THRESHOLD_SAMPLES = 200
 _SEED = 20_240_229
-CONFIDENCE = 0.95
 # A few images that are all told apart ask for no end of sharpness, which would make scores equal that are not.
 _LEAST_TEMPERATURE = 0.5
 
@@ -92,11 +90,6 @@ def decisions_of(probability: np.ndarray, decision: Mapping[str, Any]) -> list[s
     defective = probability[:, DEFECTIVE]
     accepted, rejected = defective < decision["accept_below"], defective >= decision["reject_from"]
     return [ACCEPT if a else REJECT if r else REVIEW for a, r in zip(accepted, rejected, strict=True)]
-
-
-def recall_at_least(caught: float, of: float) -> float:
-    """One-sided 95 % lower bound of the share of defective parts that is caught (Clopper and Pearson 1934)."""
-    return float(beta.ppf(1 - CONFIDENCE, caught, of - caught + 1)) if caught > 0 else 0.0
 
 
 def _thresholds(score: np.ndarray, defective: np.ndarray, task: TaskConfig) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy.stats import beta
 
 from dist_train.metrics import Classification, areas, ranking
-from recipes.defect_detection.decisions import ACCEPT, REJECT, REVIEW, recall_at_least
+from recipes.defect_detection.decisions import ACCEPT, REJECT, REVIEW
 from recipes.defect_detection.predictions import DEFECTIVE, HITS, probabilities
 
 FALSE_REJECTS_PER_1000 = (1, 10, 50)
 SIZES_PX = (32, 128, 512)
 """Bounds of the groups of defects by the pixels of their mask in the prepared image."""
+CONFIDENCE = 0.95
 
 Values = Callable[[np.ndarray], dict[str, float]]
 
@@ -52,6 +54,11 @@ def measure_defects(table: pa.Table) -> Values:
 
 def recall_name(false_rejects: int) -> str:
     return f"recall_at_{false_rejects}_per_1000"
+
+
+def recall_at_least(caught: float, of: float) -> float:
+    """One-sided 95 % lower bound of the share of defective parts that is caught (Clopper and Pearson 1934)."""
+    return float(beta.ppf(1 - CONFIDENCE, caught, of - caught + 1)) if caught > 0 else 0.0
 
 
 def _curve(ranked: tuple[np.ndarray, np.ndarray, np.ndarray], weights: np.ndarray) -> dict[str, float]:

@@ -115,10 +115,8 @@ def _shape_of(model: Any) -> tuple[int, int]:
     wrapped, config = getattr(model, "timm_model", None), model.config
     if wrapped is not None:
         return int(wrapped.num_features), int(wrapped.feature_info[-1]["reduction"])
-    if hasattr(config, "patch_size") and not hasattr(config, "depths"):
+    if hasattr(config, "patch_size") and hasattr(config, "hidden_size") and not hasattr(config, "depths"):
         return int(config.hidden_size), int(config.patch_size)
-    if not hasattr(config, "num_channels"):
-        raise AttributeError(f"{type(model).__name__} has no num_channels")
     # The families name their widths and strides in as many ways as there are: a small image shows them.
     with torch.no_grad():
         states = model.eval()(torch.zeros(1, config.num_channels, _SHOWN_PX, _SHOWN_PX)).last_hidden_state

@@ -13,7 +13,11 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-TESTS = ("tests/test_dist_train_strategies.py", "tests/test_recipes_defect_detection_strategies.py")
+TESTS = (
+    "tests/test_dist_train_strategies.py",
+    "tests/test_recipes_defect_detection_strategies.py",
+    "tests/test_recipes_recsys_strategies.py",
+)
 PAGE = Path("docs/strategies.md")
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -24,6 +28,7 @@ ROWS = {
     "LSTM over packed rows": r"norms_and_gradients.*\[lstm-{}-",
     "CNN with GroupNorm": r"norms_and_gradients.*\[cnn-{}-",
     "recipe `defect_detection`: its ResNet and its ConvNeXt, augmentation on": r"trains_alike.*\[\w+-{}\]",
+    "recipe `recsys`: Transformer, GRU, ids alone; one item table is read and ranked": r"of_one_process\[\w+-{}\]",
     "accumulation over micro-batches": r"change_nothing\[accumulation-{}\]",
     "activation checkpointing": r"change_nothing\[activation checkpointing-{}\]",
     "batches that do not divide by the ranks": r"change_nothing\[uneven shares-{}\]",

@@ -1,0 +1,228 @@
+"""What a recommender must beat: popularity, item-kNN, decayed sequential rules and EASE, on the same rows.
+
+The settings of each are chosen on the validation split: a weak baseline would prove nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy import sparse
+
+from dist_train.baselines import SPLITS, Tables
+from recipes.recsys.config import Config
+from recipes.recsys.measures import ndcg, ranks_of
+from recipes.recsys.predictions import make_table
+from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER
+from recipes.recsys.stored import StoredSessions, read_items
+
+# Changes whenever a baseline would come out differently.
+VERSION = 1
+ABOUT = {
+    "popularity": "the items that were taken most often, in a window that ends with the training",
+    "item_knn": "items that the same users took, by cosine",
+    "rules": "what followed the session's items before, the last ones counting most",
+    "ease": "a linear autoencoder in closed form (Steck 2019)",
+}
+MOST_EASE_ITEMS = 15_000
+_WINDOWS = (1.0, 0.5, 0.25, 0.1, 0.05)
+_DECAYS, _BACKWARD, _NORMS = (0.5, 0.7, 0.9), (0.0, 0.5, 1.0), (0.0, 0.5)
+_SHRINKS = (1.0, 10.0)
+_RIDGES = (50.0, 250.0, 1000.0)
+# Above so many items one setting of EASE alone: each takes a minute.
+_MOST_CHOSEN_EASE = 6_000
+_HISTORY = 20
+_NEIGHBOURS = 200
+_MOST_JUDGED = 5_000
+# What tells items apart that a baseline scores alike.
+_LEAST = 1e-6
+Scorer = Callable[[np.ndarray], np.ndarray]
+"""From rows [rows, 4] to scores [rows, items]."""
+
+
+def train_baselines(prepared: Path, config: Config, names: list[str]) -> Tables:
+    """Predictions of each for validation and test."""
+    world = _World(prepared, config)
+    tables: Tables = {}
+    for name in names:
+        scorer = max(_MADE[name](world), key=lambda made: world.judge(made))
+        for split in SPLITS:
+            tables[name, split] = world.predict(scorer, split)
+    return tables
+
+
+class _World:
+    """The training as matrices, and the rows to answer."""
+
+    def __init__(self, prepared: Path, config: Config) -> None:
+        self.stored = StoredSessions(prepared)
+        self.config = config
+        items = read_items(prepared)
+        self.items = items.num_rows
+        self.available = None
+        if self.stored.facts["has_availability"]:
+            self.available = items["available_from"].to_numpy(), items["available_until"].to_numpy()
+        self.train = self.stored.rows("train")
+        validation = self.stored.rows("validation")
+        step = -(-len(validation) // _MOST_JUDGED)
+        self._judged = np.arange(0, len(validation), step)
+        counts = items["count"].to_numpy()
+        self.popularity = counts / max(counts.max(), 1)
+
+    def judge(self, scorer: Scorer) -> float:
+        """NDCG on (a part of) the validation split."""
+        table = self.predict(scorer, "validation", self._judged)
+        return float(ndcg(ranks_of(table), self.config.task.k).mean())
+
+    def predict(self, scorer: Scorer, split: str, chosen: np.ndarray | None = None) -> pa.Table:
+        import torch
+
+        from recipes.recsys.ranking import rank, rank_rows
+
+        rows = self.stored.rows(split)
+        most = max(self.stored.facts["most_targets"].values())
+        numbers = np.arange(len(rows)) if chosen is None else chosen
+        parts: list[Any] = []
+        for part in np.split(numbers, range(rank_rows(self.items), len(numbers), rank_rows(self.items))):
+            own = rows[part]
+            scores = torch.from_numpy(scorer(own).astype(np.float32))
+            targets = torch.from_numpy(self._padded(own[:, FIRST], own[:, STOP], most))
+            seen = np.zeros((len(own), 1), dtype=np.int64)
+            if self.config.task.mask_seen:
+                seen = self._padded(own[:, BEGIN], own[:, FIRST])
+            candidates = None
+            if self.available is not None:
+                moment = self.stored.moment(own)[:, None]
+                candidates = torch.from_numpy((self.available[0] <= moment) & (moment < self.available[1]))
+            parts.append(rank(scores, targets, torch.from_numpy(seen), self.config.task.list_length, candidates))
+        names = ("above", "tied", "best", "best_score")
+        joined = [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
+        return make_table(self.stored, split, dict(zip(names, joined, strict=True)), self.config, chosen)
+
+    def histories(self, rows: np.ndarray, decay: float) -> sparse.csr_matrix:
+        """[rows, items]: the last events of each session, the n-th from the end counting decay to the power of n."""
+        begins = np.maximum(rows[:, BEGIN], rows[:, FIRST] - _HISTORY)
+        row, event = _ranges(begins, rows[:, FIRST])
+        distance = rows[row, FIRST] - event - 1
+        item = np.asarray(self.stored.items[event]) - 1
+        shape = (len(rows), self.items)
+        return sparse.csr_matrix((decay**distance, (row[item >= 0], item[item >= 0])), shape=shape)
+
+    def users(self) -> sparse.csr_matrix:
+        """[users, items]: 1 where a user took the item in the training."""
+        row, event = _ranges(self.train[:, BEGIN], self.train[:, STOP])
+        item = np.asarray(self.stored.items[event]) - 1
+        user = self.train[row, USER]
+        shape = (int(user.max()) + 1, self.items)
+        taken = sparse.csr_matrix((np.ones(len(item)), (user, item)), shape=shape)
+        taken.data[:] = 1
+        return taken
+
+    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Item before, item after, distance: of each target of the training and the events before it."""
+        row, event = _ranges(self.train[:, FIRST], self.train[:, STOP])
+        begin = self.train[row, BEGIN]
+        items = np.asarray(self.stored.items) - 1
+        for distance in range(1, _HISTORY + 1):
+            known = event - distance >= begin
+            yield items[event[known] - distance], items[event[known]], distance
+
+    def recent(self, share: float) -> np.ndarray:
+        """Training events of each item in the last part of the training: [items]."""
+        _, event = _ranges(self.train[:, FIRST], self.train[:, STOP])
+        if self.stored.times is not None:
+            event = event[np.argsort(np.asarray(self.stored.times[event]), kind="stable")]
+        chosen = event[len(event) - round(share * len(event)) :]
+        return np.bincount(np.asarray(self.stored.items[chosen]), minlength=self.items + 1)[1:]
+
+    def _padded(self, begins: np.ndarray, ends: np.ndarray, width: int | None = None) -> np.ndarray:
+        row, event = _ranges(begins, ends)
+        padded = np.zeros((len(begins), width or max(1, int((ends - begins).max()))), dtype=np.int64)
+        padded[row, event - begins[row]] = self.stored.items[event]
+        return padded
+
+
+def _popularity(world: _World) -> Iterator[Scorer]:
+    for share in _WINDOWS:
+        yield functools.partial(_alike, world.recent(share))
+
+
+def _alike(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.tile(scores, (len(rows), 1))
+
+
+def _item_knn(world: _World) -> Iterator[Scorer]:
+    taken = world.users()
+    both = (taken.T @ taken).tocoo()
+    count = np.asarray(taken.sum(0)).ravel()
+    off = both.row != both.col
+    row, column, value = both.row[off], both.col[off], both.data[off]
+    for shrink in _SHRINKS:
+        similar = value / np.sqrt((count[row] + shrink) * (count[column] + shrink))
+        matrix = _strongest(sparse.csr_matrix((similar, (row, column)), shape=both.shape), _NEIGHBOURS)
+        for decay in _DECAYS:
+            yield _linear(world, matrix, decay)
+
+
+def _rules(world: _World) -> Iterator[Scorer]:
+    shape = (world.items, world.items)
+    follows = sparse.csr_matrix(shape)
+    for before, after, distance in world.pairs():
+        follows = follows + sparse.csr_matrix((np.full(len(before), 1 / distance), (before, after)), shape=shape)
+    for backward, norm in itertools.product(_BACKWARD, _NORMS):
+        matrix = follows + backward * follows.T
+        total = np.maximum(np.asarray(matrix.sum(1)).ravel(), 1e-9)
+        matrix = (sparse.diags(total**-norm) @ matrix).tocsr()
+        for decay in _DECAYS:
+            yield _linear(world, matrix, decay)
+
+
+def _ease(world: _World) -> Iterator[Scorer]:
+    taken = world.users()
+    gram = (taken.T @ taken).toarray()
+    for ridge in _RIDGES if world.items <= _MOST_CHOSEN_EASE else _RIDGES[1:2]:
+        inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
+        weights = -inverse / np.diag(inverse)
+        np.fill_diagonal(weights, 0)
+        yield _linear(world, weights, 1.0)
+
+
+def _linear(world: _World, matrix: Any, decay: float) -> Scorer:
+    tie_break = _LEAST * world.popularity
+
+    def score(rows: np.ndarray) -> np.ndarray:
+        scores = world.histories(rows, decay) @ matrix
+        return (scores.toarray() if sparse.issparse(scores) else scores) + tie_break
+
+    return score
+
+
+_MADE: dict[str, Callable[[_World], Iterator[Scorer]]] = {
+    "popularity": _popularity,
+    "item_knn": _item_knn,
+    "rules": _rules,
+    "ease": _ease,
+}
+
+
+def _strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
+    """The largest entries of each row."""
+    sizes = np.diff(matrix.indptr)
+    row = np.repeat(np.arange(matrix.shape[0]), sizes)
+    order = np.lexsort((-matrix.data, row))
+    place = np.arange(len(order)) - matrix.indptr[row]
+    keep = order[place < most]
+    return sparse.csr_matrix((matrix.data[keep], (row[keep], matrix.indices[keep])), shape=matrix.shape)
+
+
+def _ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers from begins to ends of each row: the row, and the number."""
+    sizes = np.maximum(ends - begins, 0)
+    row = np.repeat(np.arange(len(begins)), sizes)
+    return row, np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + begins[row]

@@ -1,0 +1,67 @@
+"""Where the targets stand among all items, and the best of them: exact, in bounded memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores that are held at once.
+_MOST_SCORES = 2**24
+# Fewer rows than this at once would read the item table too often.
+_LEAST_ROWS = 8
+
+
+class Ranked(NamedTuple):
+    above: Tensor
+    """Candidates that score higher than each target: [rows, targets] int64."""
+    tied: Tensor
+    """Candidates that score the same, the target among them; 0 where the target is no candidate."""
+    best: Tensor
+    """The items that score highest, best first: [rows, k] int64; 0 where there are fewer candidates."""
+    best_scores: Tensor
+    """[rows, k] float32; 0 where there are fewer."""
+
+
+def rank_rows(items: int) -> int:
+    """Rows that are scored at once, against so many items."""
+    return max(_LEAST_ROWS, _MOST_SCORES // max(1, items))
+
+
+def rank(scores: Tensor, targets: Tensor, excluded: Tensor, k: int, candidates: Tensor | None = None) -> Ranked:
+    """scores [rows, items]: changed in place; column i is item i + 1, since 0 is no item.
+
+    targets [rows, targets] and excluded [rows, any] int64: items, 0 for none. A target is a candidate although it is
+    excluded. candidates [rows, items] bool: those that can be recommended.
+    """
+    scores = scores.float()
+    rows, items = scores.shape
+    has_target = targets > 0
+    place = (targets - 1).clamp(min=0)
+    own = scores.gather(1, place)
+    # An extra column takes what names no item.
+    hidden = torch.zeros((rows, items + 1), dtype=torch.bool, device=scores.device)
+    hidden.scatter_(1, excluded, True)
+    hidden.scatter_(1, targets, False)
+    scores.masked_fill_(hidden[:, 1:], -torch.inf)
+    if candidates is not None:
+        scores.masked_fill_(~candidates, -torch.inf)
+        has_target = has_target & candidates.gather(1, place)
+    above, tied = torch.zeros_like(targets), torch.zeros_like(targets)
+    for column in range(targets.shape[1]):
+        against = own[:, column : column + 1]
+        above[:, column] = (scores > against).sum(1)
+        tied[:, column] = (scores == against).sum(1)
+    taken = min(k, items)
+    best_scores, best = scores.topk(taken, dim=1)
+    valid = best_scores > -torch.inf
+    best = torch.where(valid, best + 1, 0)
+    best_scores = torch.where(valid, best_scores, 0.0)
+    missing = (0, k - taken)
+    return Ranked(
+        above * has_target,
+        tied * has_target,
+        torch.nn.functional.pad(best, missing),
+        torch.nn.functional.pad(best_scores, missing),
+    )

@@ -1,0 +1,286 @@
+"""Recommendation as a task: sessions from the prepared folder, the model of the config, lists for new sessions."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from dist_train.errors import DataError
+from dist_train.model_folder import write_state
+from dist_train.prepared import load_facts
+from dist_train.records import check_record
+from dist_train.task import Batch, ListedRows
+from recipes.recsys.clock import Clock
+from recipes.recsys.config import Config
+from recipes.recsys.data import row_lengths
+from recipes.recsys.embeddings import write_embeddings
+from recipes.recsys.log import read_list
+from recipes.recsys.model import Catalogue, Recommender
+from recipes.recsys.predictions import make_table
+from recipes.recsys.problems import Problems
+from recipes.recsys.sessions import BEGIN, FIRST, STOP
+from recipes.recsys.stored import StoredSessions, gap_buckets, read_content, read_items
+
+MOST_FULL_ITEMS = 200_000
+"""Trained items up to which task.loss=auto takes the full softmax."""
+CATALOGUE_FILES = ("items.arrow", "numbers.npy", "categories.npy", "content.json", "content_axes.npy")
+"""What of the prepared folder a model folder needs."""
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+class Example(NamedTuple):
+    """A session as it is collated."""
+
+    items: np.ndarray
+    """What the model reads: [events] int64."""
+    gaps: np.ndarray
+    """Bucket of the pause before each of them: [events] int64."""
+    targets: np.ndarray
+    """[targets] int64."""
+    shares: np.ndarray
+    """In training what each target counts: [targets] float32."""
+    seen: np.ndarray = _NONE
+    """In evaluation all items of the session: [any] int64."""
+    moment: int = 0
+    """Milliseconds since 1970."""
+    trains: bool = False
+
+
+def make_task(config: Config, prepared: Path) -> RecommendationTask:
+    return RecommendationTask(config, prepared)
+
+
+class RecommendationTask:
+    def __init__(self, config: Config, prepared: Path) -> None:
+        self.config = config
+        self.prepared = prepared
+        self.facts = load_facts(prepared)
+
+    def build_model(self) -> Recommender:
+        model, task, facts = self.config.model, self.config.task, self.facts
+        numbers = categories = None
+        if model.items != "id":
+            numbers, categories = (torch.from_numpy(np.array(values)) for values in read_content(self.prepared))
+        items = read_items(self.prepared)
+        catalogue = Catalogue(
+            model.width,
+            facts["trained_items"],
+            numbers,
+            categories,
+            facts["category_sizes"] if model.items != "id" else [],
+            model.items != "content",
+            model.id_dropout,
+        )
+        available = None
+        if facts["has_availability"]:
+            columns = [np.append(0, items[name].to_numpy()) for name in ("available_from", "available_until")]
+            available = (torch.from_numpy(columns[0]), torch.from_numpy(columns[1]))
+        return Recommender(
+            catalogue,
+            model,
+            facts["longest"],
+            items.num_rows,
+            task.list_length,
+            task.mask_seen,
+            self._log_shares(items) if self.is_sampled else None,
+            task.negatives,
+            available,
+        )
+
+    @property
+    def is_sampled(self) -> bool:
+        return is_sampled(self.config, self.facts)
+
+    def rows(self, split: str) -> SessionRows:
+        return SessionRows(self, split)
+
+    def collate(self, rows: list[Example], seeds: np.ndarray) -> Batch:
+        longest = max(len(row.items) for row in rows)
+        items, gaps = _padded([row.items for row in rows], longest), _padded([row.gaps for row in rows], longest)
+        batch = {"items": items, "gaps": torch.nn.functional.pad(gaps, (1, 0))}
+        if rows[0].trains:
+            sizes = [len(row.targets) for row in rows]
+            # The state after so many events predicts the next one; the targets are the last events of the row.
+            ends = [index * (longest + 1) + len(row.items) for index, row in enumerate(rows)]
+            place = [np.arange(end + 1 - size, end + 1) for end, size in zip(ends, sizes, strict=True)]
+            return {
+                **batch,
+                "place": torch.from_numpy(np.concatenate(place)),
+                "target": torch.from_numpy(np.concatenate([row.targets for row in rows])),
+                "row": torch.from_numpy(np.repeat(np.arange(len(rows)), sizes)),
+                "share": torch.from_numpy(np.concatenate([row.shares for row in rows])),
+            }
+        most = max(1, *(len(row.targets) for row in rows))
+        return {
+            **batch,
+            "last": torch.tensor([len(row.items) for row in rows]),
+            "target": _padded([row.targets for row in rows], most),
+            "seen": _padded([row.seen for row in rows], max(len(row.seen) for row in rows)),
+            "moment": torch.tensor([row.moment for row in rows]),
+            "most_targets": torch.zeros(len(rows), self._most_targets, dtype=torch.int8),
+        }
+
+    def example_batch(self, rows: int, length: int) -> Batch:
+        events = np.ones(length - 1, dtype=np.int64)
+        targets = np.ones(length, dtype=np.int64)
+        example = Example(events, events, targets, np.ones(length, dtype=np.float32), trains=True)
+        return self.collate([example] * rows, np.zeros(rows, dtype=np.uint64))
+
+    def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
+        return make_table(StoredSessions(self.prepared), split, outputs, self.config)
+
+    def encode(self, records: list[dict[str, Any]]) -> ListedRows:
+        """records: `history`, items oldest first; perhaps `times` of them, and `time`, when the list is asked for."""
+        data = self.config.data
+        examples = []
+        for record in records:
+            check_record(record, [data.history_column])
+            names = read_list(record[data.history_column])
+            codes = np.array([self._codes.get(name, 0) for name in names], dtype=np.int64)
+            times = self._times(record, len(names))
+            known = codes > 0  # an item that is in no table is read over
+            gaps = gap_buckets(times[known]) if times is not None else np.zeros(int(known.sum()), dtype=np.int64)
+            codes = codes[known]
+            moment = self._moment(record, times)
+            last = self.facts["longest"]
+            examples.append(Example(codes[-last:], gaps[-last:], _NONE, np.zeros(0, np.float32), codes, moment))
+        return ListedRows(examples, np.array([len(example.items) + 1 for example in examples], dtype=np.int64))
+
+    def answers(self, outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table:
+        best = outputs["best"]
+        names, filled = self._names, best > 0
+        return pa.table(
+            {
+                "items": pa.array(
+                    [[names[item] for item in row[keep]] for row, keep in zip(best, filled, strict=True)]
+                ),
+                "scores": pa.array(
+                    [row[keep].tolist() for row, keep in zip(outputs["best_score"], filled, strict=True)],
+                    pa.list_(pa.float32()),
+                ),
+            }
+        )
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """The state, what the items are, and their vectors for a vector index."""
+        assert isinstance(model, Recommender)
+        write_state(folder, model)
+        for name in CATALOGUE_FILES:
+            shutil.copyfile(self.prepared / name, folder / name)
+        write_embeddings(model, read_items(self.prepared), folder)
+
+    def _times(self, record: Mapping[str, Any], count: int) -> np.ndarray | None:
+        if record.get("times") is None:
+            return None
+        times = _moments("times", read_list(record["times"]))
+        if len(times) != count:
+            raise DataError(f"a row to predict has {count} items in its history, but {len(times)} times: {record}.")
+        return times
+
+    def _moment(self, record: Mapping[str, Any], times: np.ndarray | None) -> int:
+        """When the list is asked for: `time`, else after the last event, else now, at the end of the log."""
+        if record.get("time") is not None:
+            return int(_moments("time", [str(record["time"])])[0])
+        return int(times[-1]) if times is not None and len(times) else int(self.facts["log_ends"])
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return ["", *read_items(self.prepared)["id"].to_pylist()]
+
+    @functools.cached_property
+    def _codes(self) -> dict[str, int]:
+        return {name: code for code, name in enumerate(self._names) if code}
+
+    @property
+    def _most_targets(self) -> int:
+        return max(self.facts["most_targets"].values())
+
+    def _log_shares(self, items: pa.Table) -> torch.Tensor:
+        counts = items["count"].to_numpy()[: self.facts["trained_items"]]
+        return torch.from_numpy(np.log(counts / counts.sum())).float()
+
+
+class SessionRows:
+    """The rows of one split."""
+
+    def __init__(self, task: RecommendationTask, split: str) -> None:
+        self._stored = StoredSessions(task.prepared)
+        self._trains = split == "train"
+        self._rows = self._stored.rows(split)
+        self._longest = task.facts["longest"]
+        self._reads_all = task.config.task.mask_seen
+        self.ids = np.arange(len(self._rows), dtype=np.int64)
+        self.lengths = row_lengths(self._rows, self._longest)
+        self.weights = self._row_weights() if self._trains else np.ones(len(self._rows))
+
+    def take(self, indices: np.ndarray) -> list[Example]:
+        return [self._train(row) if self._trains else self._held_out(row) for row in self._rows[indices]]
+
+    def _train(self, row: np.ndarray) -> Example:
+        stored = self._stored
+        stop = int(row[STOP])
+        start = max(int(row[BEGIN]), stop - 1 - self._longest)
+        targets = slice(int(row[FIRST]), stop)
+        weights = stored.weights[targets] if stored.weights is not None else np.ones(stop - int(row[FIRST]))
+        shares = np.asarray(weights / weights.sum(), dtype=np.float32)
+        return Example(
+            stored.items[start : stop - 1].astype(np.int64),
+            self._gaps(start, stop - 1),
+            stored.items[targets].astype(np.int64),
+            shares,
+            trains=True,
+        )
+
+    def _held_out(self, row: np.ndarray) -> Example:
+        stored, first = self._stored, int(row[FIRST])
+        start = max(int(row[BEGIN]), first - self._longest)
+        seen = stored.items[int(row[BEGIN]) : first] if self._reads_all else stored.items[:0]
+        return Example(
+            stored.items[start:first].astype(np.int64),
+            self._gaps(start, first),
+            stored.items[first : int(row[STOP])].astype(np.int64),
+            np.zeros(0, dtype=np.float32),
+            np.unique(seen).astype(np.int64),
+            int(stored.moment(row[None])[0]),
+        )
+
+    def _gaps(self, start: int, stop: int) -> np.ndarray:
+        if self._stored.times is None:
+            return np.zeros(stop - start, dtype=np.int64)
+        return gap_buckets(np.asarray(self._stored.times[start:stop]))
+
+    def _row_weights(self) -> np.ndarray:
+        """What its targets count together."""
+        rows = self._rows
+        if self._stored.weights is None:
+            return (rows[:, STOP] - rows[:, FIRST]).astype(np.float64)
+        total = np.concatenate([[0.0], np.cumsum(self._stored.weights, dtype=np.float64)])
+        return total[rows[:, STOP]] - total[rows[:, FIRST]]
+
+
+def is_sampled(config: Config, facts: Mapping[str, Any]) -> bool:
+    """Whether the loss is the sampled softmax."""
+    loss = config.task.loss
+    return loss == "sampled" or (loss == "auto" and facts["trained_items"] > MOST_FULL_ITEMS)
+
+
+def _padded(rows: list[np.ndarray], width: int) -> torch.Tensor:
+    padded = np.zeros((len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def _moments(name: str, texts: list[str]) -> np.ndarray:
+    problems = Problems()
+    times = Clock(name).read(texts, [name] * len(texts), problems)
+    problems.check("The rows to predict need times as the log has them.")
+    return times

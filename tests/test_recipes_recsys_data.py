@@ -1,0 +1,221 @@
+"""The log is prepared without what came later, and what is wrong with it is named."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_train import config_io
+from dist_train.errors import ConfigError, DataError
+from dist_train.prepared import load_facts, prepare
+from dist_train.recipe import load_recipe
+from recipes.recsys.stored import StoredSessions, read_content, read_items
+from tests.sessions import SETTINGS, write_log, write_rows
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("log")
+    write_log(folder)
+    return folder
+
+
+@pytest.fixture
+def here(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the log, to work in."""
+    for name in ("events.csv", "items.csv"):
+        shutil.copy(log / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _prepare(*words: str) -> Path:
+    config: Any = config_io.load("recsys", [*SETTINGS, *words], site=False).config
+    return prepare(config, load_recipe(config.recipe), lambda text: None)
+
+
+def _rows(path: str) -> list[list[str]]:
+    with open(path, newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def _rewrite(path: str, rows: list[list[str]]) -> None:
+    write_rows(Path(path), tuple(rows[0]), [tuple(row) for row in rows[1:]])
+
+
+def _cut(folder: Path) -> int:
+    return int(load_facts(folder)["cuts"][0]) // 1000
+
+
+def test_what_comes_after_the_cut_changes_nothing_that_the_model_learns_from(here: Path) -> None:
+    before = _prepare()
+    cut = _cut(before)
+    bounds = [f"data.validation_from={cut}", f"data.test_from={load_facts(before)['cuts'][1] // 1000}"]
+    before = _prepare(*bounds)
+    events, table = _rows("events.csv"), _rows("items.csv")
+    late = sorted({row[1] for row in events[1:] if int(row[2]) >= cut})
+    # Later events are of other items, among them a new one, whose words stand nowhere else.
+    changed = [row if int(row[2]) < cut else [row[0], late[index % 3], row[2]] for index, row in enumerate(events[1:])]
+    changed.append(["user0", "brand new", str(max(int(row[2]) for row in events[1:]))])
+    _rewrite("events.csv", [events[0], *changed])
+    _rewrite("items.csv", [*table, ["brand new", "unheard unheard words words", "kind of its own", "900"]])
+    after = _prepare(*bounds)
+    assert before != after
+    trained = load_facts(before)["trained_items"]
+    assert load_facts(after)["trained_items"] == trained
+    for name in ("content.json", "content_axes.npy"):
+        assert (before / name).read_bytes() == (after / name).read_bytes(), name
+    assert _training(before) == _training(after)
+    assert read_items(before)[:trained].equals(read_items(after)[:trained])
+    for ours, theirs in zip(read_content(before), read_content(after), strict=True):
+        assert np.array_equal(ours[: trained + 1], theirs[: trained + 1])
+
+
+def _training(folder: Path) -> list[list[int]]:
+    stored = StoredSessions(folder)
+    return [stored.items[begin:stop].tolist() for begin, _, stop, _ in stored.rows("train").tolist()]
+
+
+def test_trained_items_come_first_and_those_alone_have_training_events(here: Path) -> None:
+    folder = _prepare()
+    counts = read_items(folder)["count"].to_numpy()
+    trained = load_facts(folder)["trained_items"]
+    assert (counts[:trained] > 0).all()
+    assert not counts[trained:].any()
+    assert load_facts(folder)["splits"]["test"]["targets_not_trained"] > 0
+
+
+def test_without_an_item_table_the_catalogue_is_what_was_trained_on(here: Path) -> None:
+    bare = ["data.items_path=null", "data.text_columns=[]", "data.category_columns=[]", "data.number_columns=[]"]
+    folder = _prepare(*bare, "model.items=id")
+    facts = load_facts(folder)
+    assert facts["items"] == facts["trained_items"]
+    stored = StoredSessions(folder)
+    unknown = [int((stored.items[first:stop] == 0).sum()) for _, first, stop, _ in stored.rows("test").tolist()]
+    assert sum(unknown) == facts["splits"]["test"]["targets_not_trained"] > 0
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (2, "yesterday", r"events.csv: row 7: timestamp is 'yesterday', which is no time"),
+        (2, "-5", r"events.csv: row 7: timestamp is -5, which is negative"),
+        (
+            2,
+            "1700000000000",
+            r"row 7: timestamp is 1700000000000, which looks like milliseconds, but the times before it",
+        ),
+        (2, "", r"row 7: timestamp is empty"),
+        (1, "item999", r"row 7: the item 'item999' is not in the item table"),
+        (1, "", r"row 7: item_id is empty"),
+        (0, "", r"row 7: user_id is empty"),
+    ],
+)
+def test_an_event_that_cannot_be_used_is_named(here: Path, column: int, value: str, message: str) -> None:
+    rows = _rows("events.csv")
+    rows[7][column] = value
+    _rewrite("events.csv", rows)
+    with pytest.raises(DataError, match=message):
+        _prepare()
+
+
+def test_the_first_twenty_bad_events_are_named_and_all_are_counted(here: Path) -> None:
+    rows = _rows("events.csv")
+    for row in rows[1:31]:
+        row[2] = "never"
+    _rewrite("events.csv", rows)
+    with pytest.raises(DataError, match=r"30 row\(s\) cannot be used[\s\S]*row 20: .*\n… and 10 more"):
+        _prepare()
+
+
+def test_events_of_unknown_items_can_be_dropped_and_are_counted(here: Path) -> None:
+    rows = _rows("events.csv")
+    rows[7][1] = "item999"
+    _rewrite("events.csv", rows)
+    assert load_facts(_prepare("data.unknown_items=drop"))["notes"]["events_of_unknown_items"] == 1
+
+
+def test_an_item_that_stands_twice_in_the_table_is_named(here: Path) -> None:
+    rows = _rows("items.csv")
+    _rewrite("items.csv", [*rows, rows[3]])
+    with pytest.raises(DataError, match=r"row 61: the item 'item2' stands in row 3 already"):
+        _prepare()
+
+
+def test_items_without_content_are_counted(here: Path) -> None:
+    rows = _rows("items.csv")
+    rows[5][1:] = ["", "", ""]
+    _rewrite("items.csv", rows)
+    assert any("1 items have no content" in warning for warning in load_facts(_prepare())["warnings"])
+
+
+def test_a_category_that_names_the_item_is_refused(here: Path) -> None:
+    with pytest.raises(DataError, match="column 'title' has 60 different values for 60 items: it names the item"):
+        _prepare("data.category_columns=[title]", "data.text_columns=[]")
+
+
+def test_text_that_copies_the_id_is_refused(here: Path) -> None:
+    rows = _rows("items.csv")
+    _rewrite("items.csv", [rows[0], *([row[0], row[0], *row[2:]] for row in rows[1:])])
+    with pytest.raises(DataError, match="column 'title' repeats 'item_id' in 60 of 60 items"):
+        _prepare()
+
+
+def test_content_that_was_written_after_the_cut_is_refused(here: Path) -> None:
+    cut = _cut(_prepare())
+    rows = _rows("items.csv")
+    stamped = [[*row, str(cut - 1)] for row in rows[1:]]
+    _rewrite("items.csv", [[*rows[0], "written"], *stamped])
+    _prepare("data.content_time_column=written")
+    stamped[4][-1] = str(cut)
+    _rewrite("items.csv", [[*rows[0], "written"], *stamped])
+    with pytest.raises(DataError, match=r"content of 1 items was written at or after the end of the training.*'item4'"):
+        _prepare("data.content_time_column=written")
+
+
+def test_a_number_that_tells_later_sales_is_warned_of(here: Path) -> None:
+    cut = _cut(_prepare())
+    later: dict[str, int] = {}
+    for row in _rows("events.csv")[1:]:
+        later[row[1]] = later.get(row[1], 0) + (int(row[2]) >= cut)
+    rows = _rows("items.csv")
+    _rewrite("items.csv", [rows[0], *([*row[:3], str(later.get(row[0], 0))] for row in rows[1:])])
+    assert any("price goes with what is clicked after" in warning for warning in load_facts(_prepare())["warnings"])
+
+
+def test_sessions_that_stand_in_training_and_test_are_counted(here: Path) -> None:
+    rows: list[tuple[object, ...]] = [
+        (f"user{i % 9}", f"item{i % 50} item{(i * 7) % 50}", f"item{(i * 3) % 50}") for i in range(100)
+    ]
+    write_rows(here / "sessions.csv", ("user_id", "history", "target"), rows)
+    words = ["data.path=sessions.csv", "data.kind=sessions"]
+    assert load_facts(_prepare(*words))["leaks"]["sessions_crossing"] == 0
+    rows[95] = rows[3]
+    write_rows(here / "sessions.csv", ("user_id", "history", "target"), rows)
+    facts = load_facts(_prepare(*words))
+    assert facts["leaks"]["sessions_crossing"] == 1
+    assert any("1 rows of validation and test are in the training too" in warning for warning in facts["warnings"])
+
+
+def test_a_user_with_one_event_has_nothing_to_predict_and_is_counted(here: Path) -> None:
+    before = load_facts(_prepare())["notes"].get("events_with_too_little_history", 0)
+    rows = _rows("events.csv")
+    last = max(int(row[2]) for row in rows[1:])
+    _rewrite("events.csv", [*rows, ["once", "item1", str(last)]])
+    assert load_facts(_prepare())["notes"]["events_with_too_little_history"] == before + 1
+
+
+def test_leave_one_out_is_said_to_be_a_legacy_protocol(here: Path) -> None:
+    facts = load_facts(_prepare("data.split=leave_one_out"))
+    assert "legacy" in facts["split"]["method"]
+    assert any("leave-one-out is a legacy protocol" in warning for warning in facts["warnings"])
+
+
+def test_content_without_a_column_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.items is hybrid, but no column of the item table is named"):
+        config_io.load("recsys", ["data.path=events.csv"], site=False)

@@ -55,4 +55,8 @@ def forward_rows(
     """What `forward` says of the rows at these positions, as one batch."""
     batch = task.collate(rows.take(chosen), row_seeds(0, 0, rows.ids[chosen]))
     batch["weight"] = torch.from_numpy(rows.weights[chosen]).float()
-    return {name: value.float().cpu().numpy() for name, value in forward(batch).items()}
+    # Whole numbers stay what they are: float32 cannot tell counts above 16 million apart.
+    return {
+        name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+        for name, value in forward(batch).items()
+    }

@@ -132,7 +132,12 @@ def _write_csv(batches: Iterator[pa.RecordBatch], stream: IO[str]) -> None:
         if writer is None:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(batch.schema.names)
-        writer.writerows(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+        writer.writerows(zip(*(_cells(column.to_pylist()) for column in batch.columns), strict=True))
+
+
+def _cells(values: list[Any]) -> list[Any]:
+    """Lists as JSON, which other programs read too."""
+    return [json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for value in values]
 
 
 def _write_jsonl(batches: Iterator[pa.RecordBatch], stream: IO[str]) -> None:

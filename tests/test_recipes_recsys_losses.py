@@ -18,7 +18,10 @@ def test_the_softmax_in_blocks_equals_the_full_one(items: int) -> None:
     weight = torch.rand(300)
     gradients = []
     values = []
-    for loss in (full_softmax, lambda q, w, t: F.cross_entropy(q @ w.T, t, reduction="none")):
+    for loss in (
+        lambda q, w, t: full_softmax(q, w, t, None, None),
+        lambda q, w, t: F.cross_entropy(q @ w.T, t, reduction="none"),
+    ):
         leaves = queries.clone().requires_grad_(), table.clone().requires_grad_()
         value = loss(*leaves, targets)
         (value * weight).sum().backward()
@@ -41,7 +44,7 @@ def test_no_more_logits_than_a_block_exist_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.Tensor, "exp_", watched)
     queries = torch.randn(512, 8, requires_grad=True)
     table = torch.randn(50_000, 8, requires_grad=True)
-    full_softmax(queries, table, torch.zeros(512, dtype=torch.long)).sum().backward()
+    full_softmax(queries, table, torch.zeros(512, dtype=torch.long), None, None).sum().backward()
     assert 0 < largest <= losses._CPU_LOGITS
 
 
@@ -63,3 +66,18 @@ def test_a_target_is_no_negative_of_its_own() -> None:
     drawn = torch.tensor([1, 1, 1])
     loss = sampled_softmax(queries, table[[1]], torch.tensor([1]), table[drawn], drawn, torch.zeros(3))
     assert loss.item() == 0.0
+
+
+def test_items_out_of_reach_are_not_held_against_a_query() -> None:
+    torch.manual_seed(0)
+    items, order = 3000, torch.randperm(3000).int()
+    reach = torch.randint(1, items, (20,)).int()
+    targets = torch.stack([torch.nonzero(order < each)[0, 0] for each in reach])
+    leaves = torch.randn(20, 8, requires_grad=True), torch.randn(items, 8, requires_grad=True)
+    value = full_softmax(*leaves, targets, order, reach)
+    hidden = order >= reach[:, None]
+    plain = F.cross_entropy((leaves[0] @ leaves[1].T).masked_fill(hidden, -torch.inf), targets, reduction="none")
+    torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(value.sum(), leaves)
+    for mine, theirs in zip(ours, torch.autograd.grad(plain.sum(), leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -68,7 +68,8 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     content = fit_content(table.take(np.arange(trained)), data)
     warnings = leaks.check_content(table, counts, _later_counts(events, split, len(table)), split, data)
     warnings += _warnings(log, split, table, data, found)
-    _write(folder, events, sessions, split, log, table, counts, content)
+    appears = _appearances(events, sessions, split, table)
+    _write(folder, events, sessions, split, log, table, counts, appears, content)
     for warning in warnings:
         say(f"warning        {warning}")
     say(f"data           {split.method}; took {time.monotonic() - began:.1f} s")
@@ -122,6 +123,7 @@ def _write(
     log: Log,
     table: ItemTable,
     counts: np.ndarray,
+    appears: np.ndarray,
     content: ContentModel,
 ) -> None:
     np.save(folder / "events.npy", events)
@@ -132,10 +134,12 @@ def _write(
     for name in SPLITS:
         np.save(folder / f"{name}.npy", split.rows[name])
     write_split(folder, "users", pa.table({"id": pa.array(log.user_names, pa.large_string())}))
-    write_catalogue(folder, table, counts, content)
+    write_catalogue(folder, table, counts, appears, content)
 
 
-def write_catalogue(folder: Path, table: ItemTable, counts: np.ndarray, content: ContentModel) -> None:
+def write_catalogue(
+    folder: Path, table: ItemTable, counts: np.ndarray, appears: np.ndarray, content: ContentModel
+) -> None:
     """The items with their content, and what it was made by; what a model folder needs too."""
     numbers, categories = content.encode(table)
     np.save(folder / "numbers.npy", np.concatenate([np.zeros((1, numbers.shape[1]), np.float32), numbers]))
@@ -146,6 +150,7 @@ def write_catalogue(folder: Path, table: ItemTable, counts: np.ndarray, content:
         "id": pa.array(table.names, pa.large_string()),
         "title": pa.array([title[:_TITLE_CHARACTERS] for title in titles], pa.large_string()),
         "count": counts,
+        "appears": appears,
     }
     for name, values, missing in (
         ("available_from", table.available_from, ALWAYS),
@@ -153,6 +158,14 @@ def write_catalogue(folder: Path, table: ItemTable, counts: np.ndarray, content:
     ):
         columns[name] = np.full(len(table), missing) if values is None else values
     write_split(folder, "items", pa.table(columns))
+
+
+def _appearances(events: np.ndarray, sessions: Sessions, split: Split, table: ItemTable) -> np.ndarray:
+    """When each item was there to be taken: since its first training event, or available: [items] int64."""
+    appears = np.full(len(table), NEVER)
+    if sessions.times is not None:
+        np.minimum.at(appears, events[split.trained] - 1, sessions.times[split.trained])
+    return appears if table.available_from is None else np.minimum(appears, table.available_from)
 
 
 def _later_counts(events: np.ndarray, split: Split, items: int) -> np.ndarray:

@@ -82,6 +82,7 @@ class Recommender(nn.Module):
     that are ranked."""
 
     log_shares: Tensor | None
+    appearance: Tensor | None
     available_from: Tensor | None
     available_until: Tensor | None
 
@@ -96,12 +97,13 @@ class Recommender(nn.Module):
         log_shares: Tensor | None = None,
         negatives: int = 0,
         available: tuple[Tensor, Tensor] | None = None,
+        appearance: Tensor | None = None,
     ) -> None:
         """config: the recipe's `model` section. items: how many there are. longest: most events of a session.
 
         log_shares [trained]: under sampled softmax, the logarithm of each trained item's share of the targets, by which
         items are drawn; None: full softmax. available: from when and until when each item [items + 1] may be
-        recommended, milliseconds since 1970.
+        recommended, milliseconds since 1970. appearance [trained] int32: which trained item appeared first, second …
         """
         super().__init__()
         self.items, self.k, self.mask_seen, self.negatives = items, k, mask_seen, negatives
@@ -112,6 +114,7 @@ class Recommender(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.input_scale = config.input_scale
         self.register_buffer("log_shares", log_shares, persistent=False)
+        self.register_buffer("appearance", appearance, persistent=False)
         self.register_buffer("available_from", available[0] if available else None, persistent=False)
         self.register_buffer("available_until", available[1] if available else None, persistent=False)
 
@@ -119,7 +122,8 @@ class Recommender(nn.Module):
         """batch: items [rows, events] int64, 0 behind a row's last event; gaps [rows, events + 1] int64.
 
         In training: target [n] int64; place [n] int64, in rows x (events + 1) states, of what comes before each; row
-        [n] int64; share [n] float, of each target in its row's weight; weight [rows].
+        [n] int64; share [n] float, of each target in its row's weight; weight [rows]; appeared [n] int32, how many
+        trained items had appeared when the target came: others are not held against it.
         In evaluation: last [rows] int64, the number of events; target [rows, targets]; seen [rows, any]; moment [rows];
         most_targets [rows, most] anything: how many there are in any batch.
         """
@@ -141,13 +145,16 @@ class Recommender(nn.Module):
         targets = batch["target"] - 1
         if self.log_shares is None:
             trained = torch.arange(1, self.catalogue.trained + 1, device=queries.device)
-            losses = full_softmax(queries, self.catalogue(trained, kept), targets)
+            losses = full_softmax(queries, self.catalogue(trained, kept), targets, self.appearance, batch["appeared"])
         else:
             drawn = self._draw(queries.device)
             vectors = self.catalogue(torch.cat([targets, drawn]) + 1, kept)
             positive, negatives = vectors[: len(targets)], vectors[len(targets) :]
             expected = self.log_shares[drawn] + torch.log(torch.tensor(float(self.negatives), device=queries.device))
-            losses = sampled_softmax(queries, positive, targets, negatives, drawn, expected)
+            hidden = None
+            if self.appearance is not None:
+                hidden = self.appearance[drawn] >= batch["appeared"][:, None]
+            losses = sampled_softmax(queries, positive, targets, negatives, drawn, expected, hidden)
         weight = batch["weight"][batch["row"]]
         # A row of weight 0 is selected away: NaN * 0 would be NaN.
         return torch.where(weight > 0, losses * weight * batch["share"], torch.zeros_like(losses)).sum()

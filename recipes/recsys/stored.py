@@ -56,7 +56,8 @@ def gap_buckets(times: np.ndarray) -> np.ndarray:
 
 
 def read_items(folder: Path | str) -> pa.Table:
-    """A line an item, from item 1 on: id, title, count (of training events), available_from, available_until."""
+    """A line an item, from item 1 on: id, title, count (of training events), appears, available_from,
+    available_until."""
     return read_split(folder, "items")
 
 

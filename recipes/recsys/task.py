@@ -51,6 +51,8 @@ class Example(NamedTuple):
     """In evaluation all items of the session: [any] int64."""
     moment: int = 0
     """Milliseconds since 1970."""
+    appeared: np.ndarray = np.zeros(0, dtype=np.int32)
+    """In training how many trained items had appeared when each target came: [targets] int32."""
     trains: bool = False
 
 
@@ -93,6 +95,7 @@ class RecommendationTask:
             self._log_shares(items) if self.is_sampled else None,
             task.negatives,
             available,
+            None if self._appears is None else torch.from_numpy(_order_of(self._appears)),
         )
 
     @property
@@ -116,6 +119,7 @@ class RecommendationTask:
                 "place": torch.from_numpy(np.concatenate(place)),
                 "target": torch.from_numpy(np.concatenate([row.targets for row in rows])),
                 "row": torch.from_numpy(np.repeat(np.arange(len(rows)), sizes)),
+                "appeared": torch.from_numpy(np.concatenate([row.appeared for row in rows])),
                 "share": torch.from_numpy(np.concatenate([row.shares for row in rows])),
             }
         most = max(1, *(len(row.targets) for row in rows))
@@ -131,7 +135,8 @@ class RecommendationTask:
     def example_batch(self, rows: int, length: int) -> Batch:
         events = np.ones(length - 1, dtype=np.int64)
         targets = np.ones(length, dtype=np.int64)
-        example = Example(events, events, targets, np.ones(length, dtype=np.float32), trains=True)
+        appeared = np.ones(length, dtype=np.int32)
+        example = Example(events, events, targets, np.ones(length, dtype=np.float32), trains=True, appeared=appeared)
         return self.collate([example] * rows, np.zeros(rows, dtype=np.uint64))
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
@@ -192,6 +197,13 @@ class RecommendationTask:
         return int(times[-1]) if times is not None and len(times) else int(self.facts["log_ends"])
 
     @functools.cached_property
+    def _appears(self) -> np.ndarray | None:
+        """When each trained item appeared: [trained] int64. None where there are no times."""
+        if not self.facts["has_times"]:
+            return None
+        return read_items(self.prepared)["appears"].to_numpy()[: self.facts["trained_items"]]
+
+    @functools.cached_property
     def _names(self) -> list[str]:
         return ["", *read_items(self.prepared)["id"].to_pylist()]
 
@@ -214,6 +226,7 @@ class SessionRows:
     def __init__(self, task: RecommendationTask, split: str) -> None:
         self._stored = StoredSessions(task.prepared)
         self._trains = split == "train"
+        self._appears = None if task._appears is None else np.sort(task._appears)
         self._rows = self._stored.rows(split)
         self._longest = task.facts["longest"]
         self._reads_all = task.config.task.mask_seen
@@ -237,6 +250,7 @@ class SessionRows:
             stored.items[targets].astype(np.int64),
             shares,
             trains=True,
+            appeared=self._appeared(targets),
         )
 
     def _held_out(self, row: np.ndarray) -> Example:
@@ -257,6 +271,11 @@ class SessionRows:
             return np.zeros(stop - start, dtype=np.int64)
         return gap_buckets(np.asarray(self._stored.times[start:stop]))
 
+    def _appeared(self, targets: slice) -> np.ndarray:
+        if self._appears is None or self._stored.times is None:
+            return np.zeros(targets.stop - targets.start, dtype=np.int32)
+        return np.searchsorted(self._appears, self._stored.times[targets], side="right").astype(np.int32)
+
     def _row_weights(self) -> np.ndarray:
         """What its targets count together."""
         rows = self._rows
@@ -270,6 +289,14 @@ def is_sampled(config: Config, facts: Mapping[str, Any]) -> bool:
     """Whether the loss is the sampled softmax."""
     loss = config.task.loss
     return loss == "sampled" or (loss == "auto" and facts["trained_items"] > MOST_FULL_ITEMS)
+
+
+def _order_of(appears: np.ndarray) -> np.ndarray:
+    """Which came first, second …: [items] int32. Items of one moment come in any order, since all of them had appeared
+    when any event of that moment came."""
+    order = np.empty(len(appears), dtype=np.int32)
+    order[np.argsort(appears, kind="stable")] = np.arange(len(appears), dtype=np.int32)
+    return order
 
 
 def _padded(rows: list[np.ndarray], width: int) -> torch.Tensor:

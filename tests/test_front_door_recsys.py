@@ -1,0 +1,86 @@
+"""Recommendation as a user runs it: a log to a report, lists for new sessions, the same on two ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import dist_train as toolkit
+from recipes.recsys.measures import measure_lists
+from tests.front_door import dist_train
+from tests.sessions import SETTINGS, write_log, write_rows
+
+pytestmark = pytest.mark.front_door
+
+TRAINING = ("train.epochs=6", "optim.lr=1e-2", "eval.batch_size=16")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a log and a run over it."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_log(folder, users=200)
+    done = dist_train(["run", "recsys", "name=first", *SETTINGS, *TRAINING], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_report_holds_the_model_against_every_baseline_and_has_buckets(shop: Path) -> None:
+    report = json.loads((shop / "runs" / "first" / "report.json").read_text())
+    assert set(report["baselines"]) == {"popularity", "item_knn", "rules", "ease"}
+    assert set(report["groups"]["test"]) == {"frequency", "history", "user", "age"}
+    assert any("beats the popularity baseline" in sentence for sentence in report["verdicts"])
+    assert "0" in report["groups"]["test"]["frequency"]
+    html = (shop / "runs" / "first" / "report.html").read_text()
+    for title in ("Quality by bucket", "Age of the model", "Coverage", "Some sessions"):
+        assert title in html
+
+
+def test_the_metrics_do_not_depend_on_the_number_of_ranks(shop: Path) -> None:
+    words = ["run", "recsys", "name=two", *SETTINGS, *TRAINING, "parallel.processes_per_node=2"]
+    done = dist_train(words, shop)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tables = [pq.read_table(shop / "runs" / name / "predictions" / "test.parquet") for name in ("first", "two")]
+    assert tables[0]["row"].equals(tables[1]["row"])
+    values = [measure_lists(table)(np.ones(table.num_rows)) for table in tables]
+    for metric in ("ndcg", "map", "hit_rate", "mrr"):
+        assert values[0][metric] == pytest.approx(values[1][metric], abs=1e-3)
+
+
+def test_new_sessions_get_lists_with_scores(shop: Path) -> None:
+    rows: list[tuple[object, ...]] = [("item1 item9", "100 900"), ("", ""), ("nothing item3", "5 6")]
+    write_rows(shop / "new.csv", ("history", "times"), rows)
+    done = dist_train(["predict", "runs/first", "new.csv", "--output", "lists.csv"], shop)
+    assert done.returncode == 0, done.stderr
+    with open(shop / "lists.csv", newline="") as stream:
+        answers = [json.loads(row["items"]) for row in csv.DictReader(stream)]
+    assert [len(answer) for answer in answers] == [20, 20, 20]
+    told = toolkit.load(shop / "runs" / "first").predict([{"history": "item1 item9", "times": "100 900"}])
+    assert told[0]["items"] == answers[0]
+    assert np.all(np.diff(told[0]["scores"]) <= 0)
+
+
+def test_a_score_is_the_product_of_state_and_item_vector(shop: Path) -> None:
+    table = pq.read_table(shop / "runs" / "first" / "best" / "item_embeddings.parquet")
+    assert len(table.schema.metadata[b"version"]) == 16
+    vectors = np.array(table["embedding"].to_pylist())
+    names = table["item_id"].to_pylist()
+    answer = toolkit.load(shop / "runs" / "first").predict([{"history": "item1"}, {"history": "item2"}])
+    # The scores of more items than the vectors have dimensions lie in the space that the vectors span.
+    for each in answer:
+        chosen = vectors[[names.index(item) for item in each["items"]]]
+        state, *_ = np.linalg.lstsq(chosen, np.array(each["scores"]), rcond=None)
+        np.testing.assert_allclose(chosen @ state, each["scores"], atol=1e-3)
+
+
+def test_a_history_that_is_no_list_is_named(shop: Path) -> None:
+    write_rows(shop / "bad.csv", ("history",), [('["item1", ',)])
+    done = dist_train(["predict", "runs/first", "bad.csv"], shop)
+    assert done.returncode == 3, done.stderr
+    assert "begins like a JSON list" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -85,7 +85,7 @@ class DataConfig(CachedData):
     """svd: TF-IDF and a truncated singular value decomposition, fitted to the items of the training events. hashed: the
     words' hashes, for millions of items; nothing is fitted."""
     text_dims: Annotated[int, Field(ge=2)] = 128
-    """Numbers that an item's text becomes."""
+    """Numbers that each text column becomes."""
     split: Literal["time", "leave_one_out"] = "time"
     """time: train before validation before test, by the clock. leave_one_out: the last event of each user is the test,
     the one before the validation; other users' later events train, which no deployed model can see."""

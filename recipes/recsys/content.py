@@ -25,7 +25,7 @@ class ContentModel:
     def __init__(self, state: dict[str, Any], axes: np.ndarray) -> None:
         self._state = state
         self._axes = axes
-        """[words, text_dims] float32."""
+        """Those of all text columns, one below the other: [words, text_dims] float32."""
 
     @property
     def category_sizes(self) -> list[int]:
@@ -35,11 +35,11 @@ class ContentModel:
     @property
     def width(self) -> int:
         """Numbers of an item, beside its categories."""
-        return int(self._state["text_dims"]) + 2 * len(self._state["means"])
+        return len(self._state["words"]) * int(self._state["text_dims"]) + 2 * len(self._state["means"])
 
     def encode(self, table: ItemTable) -> tuple[np.ndarray, np.ndarray]:
         """numbers [items, width] float32, of a size of about 1 each; categories [items, columns] int32."""
-        parts = [self._texts(table)] if self._state["text_dims"] else []
+        parts = self._texts(table)
         missing = np.isnan(table.numbers)
         scaled = (table.numbers - self._state["means"]) / self._state["spreads"] if missing.size else table.numbers
         parts += [np.clip(np.where(missing, 0, scaled), -5, 5), missing]
@@ -50,13 +50,15 @@ class ContentModel:
             categories[:, place] = [codes.get(name, 0) for name in column]
         return numbers, categories
 
-    def _texts(self, table: ItemTable) -> np.ndarray:
-        dims = self._state["text_dims"]
-        texts = _joined(table)
+    def _texts(self, table: ItemTable) -> list[np.ndarray]:
+        """Of each text column: [items, text_dims]."""
+        words: list[list[str]] = self._state["words"]
         if self._state["text_features"] == "hashed":
-            return _hashed(texts, dims)
-        vectors = _counts(texts, self._state["words"]) @ self._axes if len(texts) else np.zeros((0, dims))
-        return _unit(vectors)
+            return [_hashed(texts, self._state["text_dims"]) for texts in table.texts]
+        ends = np.cumsum([len(own) for own in words])
+        axes = [self._axes[end - len(own) : end] for own, end in zip(words, ends, strict=True)]
+        columns = zip(table.texts, words, axes, strict=True)
+        return [_unit(np.asarray(_counts(texts, own) @ its_axes)) for texts, own, its_axes in columns]
 
     def save(self, folder: Path) -> None:
         (folder / FITTED).write_text(json.dumps(self._state, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -70,12 +72,13 @@ class ContentModel:
 
 def fit_content(table: ItemTable, data: DataConfig) -> ContentModel:
     """table: the items of the training events, and no others."""
-    state: dict[str, Any] = {"text_features": data.text_features, "text_dims": 0, "words": []}
-    axes = np.zeros((0, 0), dtype=np.float32)
-    if table.texts:
-        state["text_dims"] = data.text_dims
-        if data.text_features == "svd":
-            state["words"], axes = _fit_words(_joined(table), data.text_dims)
+    fitted: list[tuple[list[str], np.ndarray]] = [
+        _fit_words(texts, data.text_dims) if data.text_features == "svd" else ([], np.zeros((0, data.text_dims)))
+        for texts in table.texts
+    ]
+    state: dict[str, Any] = {"text_features": data.text_features, "text_dims": data.text_dims}
+    state["words"] = [words for words, _ in fitted]
+    axes = np.concatenate([np.zeros((0, data.text_dims), np.float32), *(own for _, own in fitted)])
     known = [column[~np.isnan(column)] for column in table.numbers.T]
     state["means"] = [float(column.mean()) if len(column) else 0.0 for column in known]
     state["spreads"] = [float(column.std()) or 1.0 if len(column) else 1.0 for column in known]
@@ -127,10 +130,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     """Of a mean square of 1; an item without words is 0."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0) * np.sqrt(vectors.shape[1])
-
-
-def _joined(table: ItemTable) -> list[str]:
-    return [" ".join(parts) for parts in zip(*table.texts, strict=True)]
 
 
 def _commonest(column: list[str]) -> list[str]:

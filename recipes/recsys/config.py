@@ -149,8 +149,8 @@ class DataConfig(CachedData):
 
 
 class ModelConfig(Section):
-    kind: Literal["transformer", "gru", "lstm"] = "transformer"
-    """What reads the session: a causal Transformer (SASRec), or a GRU or LSTM (GRU4Rec)."""
+    kind: Literal["transformer", "gru", "lstm", "last"] = "transformer"
+    """What reads the session: a causal Transformer (SASRec), a GRU or LSTM (GRU4Rec); last: its last item alone."""
     items: Literal["hybrid", "id", "content"] = "hybrid"
     """What an item is to the model: its own vector and its content, one of both alone."""
     layers: Positive = 2
@@ -160,7 +160,7 @@ class ModelConfig(Section):
     heads: Positive = 2
     """Attention heads (transformer)."""
     feedforward: Positive = 128
-    """Inner width of the feed-forward block (transformer)."""
+    """Inner width of the feed-forward block (transformer, last)."""
     dropout: Share = 0.3
     """Dropout probability in training."""
     input_scale: Annotated[float, Field(gt=0.0)] = 4.0

@@ -1,4 +1,4 @@
-"""What reads a session: a causal Transformer (after SASRec) or a GRU or LSTM (after GRU4Rec)."""
+"""What reads a session: a causal Transformer (after SASRec), a GRU or LSTM (after GRU4Rec), or its last item alone."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from recipes.recsys.stored import GAP_BUCKETS
 
 
 def build_encoder(config: Any, longest: int) -> nn.Module:
-    """states [rows, events, width], lengths [rows] -> states of the same shape, each of its event and those before.
+    """states [rows, events, width], gaps [rows, events] -> states of that shape, each of its event and those before it.
 
     config: the recipe's `model` section. longest: most events of a row.
     """
     if config.kind == "transformer":
         return TransformerEncoder(config, longest)
-    return RecurrentEncoder(config)
+    return LastEncoder(config) if config.kind == "last" else RecurrentEncoder(config)
 
 
 class Block(nn.Module):
@@ -83,6 +83,24 @@ class RecurrentEncoder(nn.Module):
     def forward(self, states: Tensor, gaps: Tensor) -> Tensor:
         states = F.dropout(states + self.gap(gaps), self.dropout, self.training)
         return self.out(self.recurrent(states)[0])
+
+
+class LastEncoder(nn.Module):
+    """Each event by itself: what a session adds is seen beside this."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.feedforward_norm = nn.LayerNorm(config.width)
+        self.feedforward_in = nn.Linear(config.width, config.feedforward)
+        self.feedforward_out = nn.Linear(config.feedforward, config.width)
+        self.norm = nn.LayerNorm(config.width)
+        self.apply(_initialise)
+
+    def forward(self, states: Tensor, gaps: Tensor) -> Tensor:
+        states = F.dropout(states, self.dropout, self.training)
+        inner = self.feedforward_out(F.gelu(self.feedforward_in(self.feedforward_norm(states))))
+        return self.norm(states + F.dropout(inner, self.dropout, self.training))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,10 +12,18 @@ from torch import Tensor
 
 from dist_train.data import row_seeds
 from dist_train.engine import Engine
+from dist_train.events import log_event
 from dist_train.task import Batch, Rows, Task
 
+# An evaluation is told of when it has taken this long, and then so often.
+_TELL_EVERY_S = 2.0
+Told = Callable[[int, int], None]
+"""Takes how many batches of a rank are done, and of how many."""
 
-def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[str, np.ndarray]:
+
+def evaluate(
+    engine: Engine, task: Task, rows: Rows, batch_size: int, told: Told = lambda done, total: None
+) -> dict[str, np.ndarray]:
     """The module's outputs for all `rows`, in their order, on every rank.
 
     Rows of one length share a batch; which rank ran a row changes nothing but rounding.
@@ -35,6 +45,7 @@ def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[st
         for index in range(batches):
             chosen = mine[index * batch_size : (index + 1) * batch_size]
             outputs.append(forward_rows(forward, task, rows, chosen if len(chosen) else order[:1]))
+            told(index + 1, batches)
     module.train(was_training)
     ids = engine.gather_rows(rows.ids[mine])
     gathered = {
@@ -47,6 +58,19 @@ def evaluate(engine: Engine, task: Task, rows: Rows, batch_size: int) -> dict[st
     back = np.empty_like(expected)
     back[expected] = place
     return {name: values[back] for name, values in gathered.items()}
+
+
+def tell(engine: Engine, events: Path, split: str) -> Told:
+    """On rank 0 what writes how far an evaluation is into events.jsonl, where the command reads it."""
+    last = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal last
+        if engine.rank == 0 and time.monotonic() - last >= _TELL_EVERY_S:
+            last = time.monotonic()
+            log_event(events, "evaluating", split=split, done=done, total=total)
+
+    return told
 
 
 def forward_rows(

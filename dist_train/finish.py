@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_train import checkpoint, checkpoint_files
 from dist_train.errors import CheckpointError, Preempted, StorageError
-from dist_train.evaluate import evaluate, forward_rows
+from dist_train.evaluate import evaluate, forward_rows, tell
 from dist_train.events import log_event
 from dist_train.loop import Training
 from dist_train.model_folder import read_model, write_model, write_record
@@ -37,7 +37,7 @@ def finish(training: Training, which: str = "best") -> None:
         results.forget_conditions()
     for split in (*SPLITS, *conditions):
         _say(training, f"evaluating step {step} on the {split} split")
-        outputs = evaluate(engine, task, task.rows(split), config.eval.batch_size)
+        outputs = evaluate(engine, task, task.rows(split), config.eval.batch_size, tell(engine, run.events, split))
         if engine.rank != 0:
             continue
         table = task.predictions(split, outputs)

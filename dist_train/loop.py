@@ -20,7 +20,7 @@ from dist_train.config import RunConfig
 from dist_train.data import DROPOUT, Schedule, derive_seed, partition, prefetch, row_seeds
 from dist_train.engine import Engine, StepOutcome
 from dist_train.errors import ConfigError, NumericError, Preempted
-from dist_train.evaluate import evaluate
+from dist_train.evaluate import evaluate, tell
 from dist_train.events import log_event
 from dist_train.fit import largest_shapes
 from dist_train.heartbeat import Heartbeat
@@ -320,7 +320,8 @@ def _evaluate(training: Training) -> bool:
     """Score the validation split and keep the best in the state. True when this was better than all before."""
     config, state, engine, score = training.config, training.state, training.engine, training.score
     with averaged_weights(training):
-        outputs = evaluate(engine, training.task, training.task.rows("validation"), config.eval.batch_size)
+        rows, progress = training.task.rows("validation"), tell(engine, training.run.events, "validation")
+        outputs = evaluate(engine, training.task, rows, config.eval.batch_size, progress)
     metrics: dict[str, float] = {}
     if engine.rank == 0:
         metrics = _point(score, training.task.predictions("validation", outputs))

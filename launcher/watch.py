@@ -46,11 +46,17 @@ class Watch:
         self._stream = stream or sys.stdout
         self._bar: Any = None
         self._shown_at = 0.0
+        self._evaluation: tuple[float, int, Any] | None = None
+        """When one was first told of, how far it was then, and its bar."""
         if self._stream.isatty():
             self._bar = _make_bar(last_step)
 
     def __call__(self) -> None:
         for record in self._events.new_lines():
+            if record["event"] == "evaluating":
+                self._show_evaluation(record)
+                continue
+            self._end_evaluation()
             text = _event_text(record)
             if text:
                 self._say(text)
@@ -72,7 +78,8 @@ class Watch:
         if self._bar is not None:
             self._bar.start()
             task = self._bar.task_ids[0]
-            self._bar.update(task, completed=step, loss=shown, rate=f"{rate:,.0f} samples/s", left=_duration(left))
+            text = f"loss {shown}  {rate:,.0f} samples/s  {_duration(left)} left"
+            self._bar.update(task, completed=step, text=text)
             return
         now = time.monotonic()
         if now - self._shown_at >= _PLAIN_EVERY_S or step >= self._last_step:
@@ -81,6 +88,28 @@ class Watch:
                 f"step {step}/{self._last_step}  loss {shown}  {rate:,.0f} samples/s  "
                 f"padding {record.get('padding_share') or 0:.0%}  {_duration(left)} left"
             )
+
+    def _show_evaluation(self, record: dict[str, Any]) -> None:
+        done, total = record["done"], record["total"]
+        if self._evaluation is None:
+            bar = None
+            if self._bar is not None:
+                self._bar.start()
+                bar = self._bar.add_task(f"evaluating {record['split']}", total=total, text="")
+            self._evaluation = record["time"], done, bar
+        began, first, bar = self._evaluation
+        rate = (done - first) / max(record["time"] - began, 1e-9)
+        left = f"{_duration((total - done) / rate)} left" if rate > 0 else ""
+        if bar is not None:
+            self._bar.update(bar, completed=done, text=left)
+        elif time.monotonic() - self._shown_at >= _PLAIN_EVERY_S:
+            self._shown_at = time.monotonic()
+            self._say(f"evaluating the {record['split']} split: {done:,} of {total:,} batches  {left}".rstrip())
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation is not None and self._evaluation[-1] is not None:
+            self._bar.remove_task(self._evaluation[-1])
+        self._evaluation = None
 
     def _say(self, text: str) -> None:
         if self._bar is not None:
@@ -93,13 +122,13 @@ def _make_bar(last_step: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = [
-        TextColumn("training"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  {task.fields[rate]}  {task.fields[left]} left"),
+        TextColumn("{task.fields[text]}"),
     ]
     bar = Progress(*columns, refresh_per_second=4)
-    bar.add_task("training", total=last_step, loss="-", rate="-", left="-")
+    bar.add_task("training", total=last_step, text="")
     return bar
 
 

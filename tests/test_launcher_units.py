@@ -143,6 +143,22 @@ def test_off_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
     assert stream.getvalue().splitlines()[-1] == "step 20  validation: loss 0.3000"
 
 
+def test_a_long_evaluation_is_told_of_while_it_goes_on(tmp_path: Path) -> None:
+    run, stream = RunDir(tmp_path), io.StringIO()
+    watch = Watch(run, _plan(CPU, 1), 40, stream)
+    for moment, done in ((100.0, 10), (102.0, 30)):
+        append_line(run.events, {"time": moment, "event": "evaluating", "split": "test", "done": done, "total": 90})
+        watch._shown_at = -100.0  # as if the last line were long ago
+        watch()
+    log_event(run.events, "progress", message="writing the report")
+    watch()
+    assert stream.getvalue().splitlines() == [
+        "evaluating the test split: 10 of 90 batches",
+        "evaluating the test split: 30 of 90 batches  0:06 left",
+        "writing the report",
+    ]
+
+
 def test_a_number_that_is_not_finite_is_null_and_named(tmp_path: Path) -> None:
     append_line(tmp_path / "x.jsonl", {"loss": float("nan"), "norm": float("inf"), "lr": 0.1, "none": None})
     with open(tmp_path / "x.jsonl", "a") as stream:

@@ -8,7 +8,7 @@ from dist_train.errors import DataError
 from recipes.recsys.clock import shown
 from recipes.recsys.config import DataConfig
 from recipes.recsys.item_table import ItemTable
-from recipes.recsys.sessions import BEGIN, STOP, Sessions, Split
+from recipes.recsys.sessions import BEGIN, STOP, USER, Sessions, Split
 
 # A column of categories with this share of different values names the items.
 _IDENTIFYING_SHARE = 0.9
@@ -29,7 +29,6 @@ def check_split(sessions: Sessions, split: Split) -> dict[str, int]:
                 "none by time."
             )
     return {
-        "events_after_the_cut_in_training": 0,
         "sessions_crossing": _crossing(sessions, split),
         "repeat_targets": sum(_repeats(sessions, split.rows[name]) for name in ("validation", "test")),
     }
@@ -98,19 +97,15 @@ def _beyond(values: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _crossing(sessions: Sessions, split: Split) -> int:
     """Rows of validation and test whose user, history and target stand in a training row of their own."""
-    trained = {_row_key(sessions, row) for row in _last_targets(split.rows["train"])}
-    others = np.concatenate([split.rows["validation"], split.rows["test"]])
     if sessions.times is not None:
         return 0  # of events a row is one place in the log, on one side of the cut
+    trained = {_row_key(sessions, row) for row in split.rows["train"]}
+    others = np.concatenate([split.rows["validation"], split.rows["test"]])
     return sum(_row_key(sessions, row) in trained for row in others)
 
 
-def _last_targets(rows: np.ndarray) -> np.ndarray:
-    return rows
-
-
 def _row_key(sessions: Sessions, row: np.ndarray) -> bytes:
-    return row[-1].tobytes() + sessions.items[row[BEGIN] : row[STOP]].tobytes()
+    return row[USER].tobytes() + sessions.items[row[BEGIN] : row[STOP]].tobytes()
 
 
 def _repeats(sessions: Sessions, rows: np.ndarray) -> int:

@@ -86,9 +86,7 @@ class _FullSoftmax(torch.autograd.Function):
             )
             share = share.to(queries.dtype)
             of_queries += share @ block
-            torch.mm(share.T, queries, out=of_table[start:stop]) if share.dtype == of_table.dtype else of_table[
-                start:stop
-            ].copy_(share.T @ queries)
+            of_table[start:stop] = share.T @ queries
         of_queries -= gradient[:, None] * F.embedding(targets, table)
         of_table.index_add_(0, targets, -(gradient[:, None] * queries).float())
         return of_queries, of_table, None, None, None

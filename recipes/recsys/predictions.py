@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from recipes.recsys.clock import DAY_MS
 from recipes.recsys.config import Config
 from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER
 from recipes.recsys.stored import StoredSessions, read_items
-
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,8 @@ RANKS ?= $(if $(shell command -v nvidia-smi),,parallel.processes_per_node=2)
 demo: $(STAMP)
 	$(BIN)/dist-train run ticket_routing/demo $(RANKS)
 
-# A file's tests stay in one process: they share what they train.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not matrix" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not matrix"
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q

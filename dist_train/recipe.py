@@ -30,6 +30,7 @@ _PARTS = {
     "score": (),
     "task": (),
     "starter": ("write_starter",),
+    "backtest": ("make_cuts", "compare_ages", "sentences", "table_rows", "figure"),
 }
 
 
@@ -90,6 +91,12 @@ class Recipe:
     def starter(self) -> Any:
         """starter.py, with `write_starter` for `dist-train init`; None without one."""
         return self._part("starter") if (self.folder / "starter.py").is_file() else None
+
+    @property
+    def backtest(self) -> Any:
+        """backtest.py, with `make_cuts`, `compare_ages`, `sentences`, `table_rows` and `figure` for `dist-train
+        backtest`; None without one."""
+        return self._part("backtest") if (self.folder / "backtest.py").is_file() else None
 
     def _file(self, part: str) -> Path:
         own = self.folder / f"{part}.py"

@@ -61,7 +61,8 @@ def build_report(
         "comparison": measured["test"]["comparison"],
         "conditions": conditions,
         "latency": read_json(run.latency) if run.latency.is_file() else None,
-        "verdicts": _verdicts(measured["test"], score),
+        "best_baseline": best_baseline(measured["validation"]["metrics"], score),
+        "verdicts": _gain(measured, score) + _verdicts(measured["test"], score),
         "remarks": score.remarks(measured["test"]["metrics"]["model"]),
         "intervals": f"95 %, {config.eval.bootstrap_samples} bootstrap samples of {score.sampled}; "
         "differences are paired",
@@ -176,6 +177,31 @@ def measure_models(models: Mapping[str, pa.Table], score: Score, samples: int) -
                 if metric in points["model"]
             }
     return result
+
+
+def best_baseline(metrics: Mapping[str, Any], score: Score) -> str | None:
+    """The baseline that the model is held against first: of validation's metrics the best one."""
+    known = {
+        name: score.sign(score.metric) * values[score.metric]["value"]
+        for name, values in metrics.items()
+        if name != "model" and values.get(score.metric, {}).get("value") is not None
+    }
+    return max(known, key=lambda name: known[name]) if known else None
+
+
+def _gain(measured: Mapping[str, Any], score: Score) -> list[str]:
+    """Where there are several baselines, the sentence on the best of them; chosen on the validation split, so that the
+    test split is not asked twice."""
+    best = best_baseline(measured["validation"]["metrics"], score)
+    differences = measured["test"]["comparison"].get(best, {})
+    if len(measured["test"]["comparison"]) < 2 or score.metric not in differences:
+        return []
+    entry = differences[score.metric]
+    shown = "is shown" if entry["value"] is not None and entry["low"] * entry["high"] > 0 else "is not shown"
+    return [
+        f"Gain over the best baseline on the validation split, {best}: {score.metric} "
+        f"{show_interval(entry, signed=True)} on the test split; a difference {shown}."
+    ]
 
 
 def _verdicts(measured: Mapping[str, Any], score: Score) -> list[str]:

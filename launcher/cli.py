@@ -220,6 +220,26 @@ def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
     sys.exit(run_study(recipe, list(settings), **options))
 
 
+@cli.command(short_help="How a model ages, and when to train again.")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
+@click.option("--cuts", type=click.IntRange(2), default=4, show_default=True, help="Models, data.period_days apart.")
+@click.option(
+    "--tolerance", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of the metric to give up."
+)
+@click.option("--only", type=int, metavar="INDEX", help="Run this one of the study alone, as in a Slurm array.")
+@click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none.")
+@click.option("--background", "is_background", is_flag=True, help="Go on without this terminal.")
+def backtest(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
+    """Train RECIPE up to several moments and test each model on all that came after: how it falls with its age.
+
+    The same command goes on with a study that was broken off: finished runs are kept.
+    """
+    from launcher.backtest import backtest as run_study
+
+    sys.exit(run_study(recipe, list(settings), **options))
+
+
 @cli.command(short_help="How long one row takes.")
 @click.argument("path", metavar="RUN", shell_complete=complete.runs)
 @click.argument("source", metavar="FILE")

@@ -151,7 +151,7 @@ def test_rows_of_one_unit_are_drawn_together() -> None:
 def test_a_seed_that_is_given_is_the_first_of_the_study(tmp_path: Path) -> None:
     settings = [f"output_dir={tmp_path}", "seed=5"]
     study = Study("ticket_routing/demo", settings, 2)
-    assert sorted({cell.seed for cell in study.grid}) == [5, 6]
-    assert study.grid[0].name.endswith("-s5")
-    assert study.words(study.grid[-1])[-1] == "seed=6"
-    assert Study("ticket_routing/demo", settings[:1], 1).grid[0].seed == 0
+    assert sorted({cell.seed for cell in study.cells}) == [5, 6]
+    assert study.cells[0].name.endswith("-s5")
+    assert study.members[-1].settings[-1] == "seed=6"
+    assert Study("ticket_routing/demo", settings[:1], 1).cells[0].seed == 0

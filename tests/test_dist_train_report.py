@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from dist_train.metrics import Classification
-from dist_train.report import _verdicts, measure_models
+from dist_train.report import _gain, _verdicts, best_baseline, measure_models
 from dist_train.score import Score, by_group
 
 LABELS = ["a", "b", "c"]
@@ -68,3 +68,24 @@ def test_a_lower_error_beats_where_lower_is_better() -> None:
 
 def test_the_name_of_a_group_may_hold_slashes() -> None:
     assert by_group({"accuracy": 1, "class/a/b/f1": 2}) == {"class": {"a/b": {"f1": 2}}}
+
+
+def test_the_gain_is_over_the_baseline_that_is_best_on_validation_whatever_the_test_says() -> None:
+    def entries(weak: float, strong: float) -> dict[str, dict[str, dict[str, float]]]:
+        return {
+            "model": {"mae": {"value": 0.4}},
+            "weak": {"mae": {"value": weak}},
+            "strong": {"mae": {"value": strong}},
+        }
+
+    difference = {"mae": {"value": -0.2, "low": -0.3, "high": -0.1}}
+    measured = {
+        "validation": {"metrics": entries(weak=0.9, strong=0.6)},
+        "test": {"metrics": entries(weak=0.5, strong=0.6), "comparison": {"weak": {}, "strong": difference}},
+    }
+    score = Score("mae", _measure, ("mae",), frozenset({"mae"}))
+    assert best_baseline(measured["validation"]["metrics"], score) == "strong"
+    (sentence,) = _gain(measured, score)
+    assert "validation split, strong: mae -0.2000 [-0.3000, -0.1000]" in sentence
+    alone = {**measured, "test": {"metrics": {}, "comparison": {"strong": difference}}}
+    assert _gain(alone, score) == [], "one baseline has its own sentence already"

@@ -14,6 +14,7 @@ from dist_train import config_io
 from dist_train.errors import ConfigError, DataError
 from dist_train.prepared import load_facts, prepare
 from dist_train.recipe import load_recipe
+from recipes.recsys.sessions import USER
 from recipes.recsys.stored import StoredSessions, read_content, read_items
 from tests.sessions import SETTINGS, write_log, write_rows
 
@@ -145,6 +146,28 @@ def test_an_item_that_stands_twice_in_the_table_is_named(here: Path) -> None:
     _rewrite("items.csv", [*rows, rows[3]])
     with pytest.raises(DataError, match=r"row 61: the item 'item2' stands in row 3 already"):
         _prepare()
+
+
+def test_a_training_target_is_predicted_from_what_came_strictly_before_it(here: Path) -> None:
+    rows = _rows("events.csv")
+    day = max(int(row[2]) for row in rows[1:]) // 3
+    # A new user: one event, then three at one moment, then one more; and one whose first three are of one moment.
+    for user, moments in (("tied", [1, 2, 2, 2, 3]), ("tied first", [1, 1, 1, 2])):
+        rows += [[user, f"item{place}", str(day + moment)] for place, moment in enumerate(moments)]
+    _rewrite("events.csv", rows)
+    folder = _prepare()
+    config: Any = config_io.load("recsys", list(SETTINGS), site=False).config
+    task = load_recipe("recsys").make_task(config, folder)
+    stored = StoredSessions(folder)
+    names = stored.user_names.to_pylist()
+    chosen = [names.index(user) for user in ("tied", "tied first")]
+    train = task.rows("train")
+    users = stored.rows("train")[:, USER].tolist()
+    tied, first = train.take(np.array([users.index(user) for user in chosen]))
+    assert tied.before.tolist() == [1, 1, 1, 4]
+    assert first.before.tolist() == [1, 2, 3], "without anything before it, from what stands beside it"
+    batch = task.collate([tied, first], np.zeros(2, dtype=np.uint64))
+    assert batch["place"].tolist() == [1, 1, 1, 4, 5 + 1, 5 + 2, 5 + 3]
 
 
 def test_items_without_content_are_counted(here: Path) -> None:

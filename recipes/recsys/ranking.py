@@ -50,9 +50,11 @@ def rank(scores: Tensor, targets: Tensor, excluded: Tensor, k: int, candidates: 
         has_target = has_target & candidates.gather(1, place)
     above, tied = torch.zeros_like(targets), torch.zeros_like(targets)
     for column in range(targets.shape[1]):
-        against = own[:, column : column + 1]
-        above[:, column] = (scores > against).sum(1)
-        tied[:, column] = (scores == against).sum(1)
+        # Most rows have few targets, and some have many.
+        here = has_target[:, column].nonzero()[:, 0]
+        against, others = own[here, column : column + 1], scores if len(here) == rows else scores[here]
+        above[here, column] = (others > against).sum(1)
+        tied[here, column] = (others == against).sum(1)
     taken = min(k, items)
     best_scores, best = scores.topk(taken, dim=1)
     valid = best_scores > -torch.inf
@@ -60,8 +62,8 @@ def rank(scores: Tensor, targets: Tensor, excluded: Tensor, k: int, candidates: 
     best_scores = torch.where(valid, best_scores, 0.0)
     missing = (0, k - taken)
     return Ranked(
-        above * has_target,
-        tied * has_target,
+        above,
+        tied,
         torch.nn.functional.pad(best, missing),
         torch.nn.functional.pad(best_scores, missing),
     )

@@ -47,6 +47,8 @@ class Example(NamedTuple):
     """[targets] int64."""
     shares: np.ndarray
     """In training what each target counts: [targets] float32."""
+    before: np.ndarray = _NONE
+    """In training how many of `items` each target is predicted from: [targets] int64."""
     seen: np.ndarray = _NONE
     """In evaluation all items of the session: [any] int64."""
     moment: int = 0
@@ -111,9 +113,7 @@ class RecommendationTask:
         batch = {"items": items, "gaps": torch.nn.functional.pad(gaps, (1, 0))}
         if rows[0].trains:
             sizes = [len(row.targets) for row in rows]
-            # The state after so many events predicts the next one; the targets are the last events of the row.
-            ends = [index * (longest + 1) + len(row.items) for index, row in enumerate(rows)]
-            place = [np.arange(end + 1 - size, end + 1) for end, size in zip(ends, sizes, strict=True)]
+            place = [index * (longest + 1) + row.before for index, row in enumerate(rows)]
             return {
                 **batch,
                 "place": torch.from_numpy(np.concatenate(place)),
@@ -134,9 +134,9 @@ class RecommendationTask:
 
     def example_batch(self, rows: int, length: int) -> Batch:
         events = np.ones(length - 1, dtype=np.int64)
-        targets = np.ones(length, dtype=np.int64)
-        appeared = np.ones(length, dtype=np.int32)
-        example = Example(events, events, targets, np.ones(length, dtype=np.float32), trains=True, appeared=appeared)
+        targets, before = np.ones(length, dtype=np.int64), np.arange(length)
+        shares, appeared = np.ones(length, dtype=np.float32), np.ones(length, dtype=np.int32)
+        example = Example(events, events, targets, shares, before, appeared=appeared, trains=True)
         return self.collate([example] * rows, np.zeros(rows, dtype=np.uint64))
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
@@ -156,7 +156,8 @@ class RecommendationTask:
             codes = codes[known]
             moment = self._moment(record, times)
             last = self.facts["longest"]
-            examples.append(Example(codes[-last:], gaps[-last:], _NONE, np.zeros(0, np.float32), codes, moment))
+            no_shares = np.zeros(0, dtype=np.float32)
+            examples.append(Example(codes[-last:], gaps[-last:], _NONE, no_shares, seen=codes, moment=moment))
         return ListedRows(examples, np.array([len(example.items) + 1 for example in examples], dtype=np.int64))
 
     def answers(self, outputs: dict[str, np.ndarray], decision: Mapping[str, Any]) -> pa.Table:
@@ -249,8 +250,9 @@ class SessionRows:
             self._gaps(start, stop - 1),
             stored.items[targets].astype(np.int64),
             shares,
-            trains=True,
+            self._before(start, targets),
             appeared=self._appeared(targets),
+            trains=True,
         )
 
     def _held_out(self, row: np.ndarray) -> Example:
@@ -262,14 +264,25 @@ class SessionRows:
             self._gaps(start, first),
             stored.items[first : int(row[STOP])].astype(np.int64),
             np.zeros(0, dtype=np.float32),
-            np.unique(seen).astype(np.int64),
-            int(stored.moment(row[None])[0]),
+            seen=np.unique(seen).astype(np.int64),
+            moment=int(stored.moment(row[None])[0]),
         )
 
     def _gaps(self, start: int, stop: int) -> np.ndarray:
         if self._stored.times is None:
             return np.zeros(stop - start, dtype=np.int64)
         return gap_buckets(np.asarray(self._stored.times[start:stop]))
+
+    def _before(self, start: int, targets: slice) -> np.ndarray:
+        """Events from `start` on that each target is predicted from: those before its moment, as when it is tested. At
+        the begin of a session, where there are none, those that stand before it: what is taken together goes together.
+        """
+        place = np.arange(targets.start, targets.stop)
+        if self._stored.times is not None:
+            times = self._stored.times[start : targets.stop]
+            earlier = start + np.searchsorted(times, times[targets.start - start :])
+            place = np.where(earlier > start, earlier, place)
+        return place - start
 
     def _appeared(self, targets: slice) -> np.ndarray:
         if self._appears is None or self._stored.times is None:

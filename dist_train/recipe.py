@@ -30,6 +30,7 @@ _PARTS = {
     "score": (),
     "task": (),
     "starter": ("write_starter",),
+    "add_items": ("add_items",),
     "backtest": ("make_cuts", "compare_ages", "sentences", "table_rows", "figure"),
 }
 
@@ -97,6 +98,11 @@ class Recipe:
         """backtest.py, with `make_cuts`, `compare_ages`, `sentences`, `table_rows` and `figure` for `dist-train
         backtest`; None without one."""
         return self._part("backtest") if (self.folder / "backtest.py").is_file() else None
+
+    @property
+    def add_items(self) -> Any:
+        """add_items.py, with `add_items` for `dist-train add-items`; None without one. Imports torch."""
+        return self._part("add_items") if (self.folder / "add_items.py").is_file() else None
 
     def _file(self, part: str) -> Path:
         own = self.folder / f"{part}.py"

@@ -187,6 +187,20 @@ def predict(run_dir: str, file: str, output: str | None, gpus_per_node: int | No
     answer(run_dir, file, output, gpus_per_node)
 
 
+@cli.command("add-items", short_help="Put new items into a recommender's catalogue.")
+@click.argument("path", metavar="RUN", shell_complete=complete.runs)
+@click.argument("file", metavar="FILE")
+@click.option("--output", required=True, metavar="FOLDER", help="The model folder to write; it must not be there yet.")
+def add_items(path: str, file: str, output: str) -> None:
+    """Add the items of FILE, an item table like the one of the training, to the catalogue of the model of RUN.
+
+    They are ranked by their content; nothing is trained. `dist-train predict FOLDER` then recommends them too.
+    """
+    from launcher.add_items import add_items as add
+
+    add(path, file, output)
+
+
 @cli.command("eval", short_help="Evaluate a checkpoint of a run again.")
 @click.argument("run_dir", shell_complete=complete.runs)
 @click.option("--checkpoint", default="best", show_default=True, help="best, last, or a step.")

@@ -84,3 +84,41 @@ def test_a_history_that_is_no_list_is_named(shop: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert "begins like a JSON list" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_items_that_come_after_the_training_are_recommended_by_their_content(shop: Path) -> None:
+    # As much like the drills that the log knows as can be, and a lamp with a new price.
+    rows: list[tuple[object, ...]] = [("fresh", "drill size 3", "kind2", 4), ("item6", "lamp size 0", "kind6", 9)]
+    write_rows(shop / "fresh.csv", ("item_id", "title", "kind", "price"), rows)
+    done = dist_train(["add-items", "runs/first", "fresh.csv", "--output", "with-fresh"], shop)
+    assert done.returncode == 0, done.stderr
+    assert "1 added, 1 with new content; 61 in the catalogue" in done.stdout
+    before, after = (toolkit.load(shop / name) for name in ("runs/first", "with-fresh"))
+    sessions = [{"history": f"item{8 * size + 2} item{8 * size + 10}"} for size in range(3)]
+    old, new = before.predict(sessions), after.predict(sessions)
+    assert any("fresh" in answer["items"] for answer in new)
+    for was, now in zip(old, new, strict=True):
+        known = [pair for pair in zip(now["items"], now["scores"], strict=True) if pair[0] not in ("fresh", "item6")]
+        then = dict(zip(was["items"], was["scores"], strict=True))
+        for item, score in known:
+            assert item not in then or score == pytest.approx(then[item], abs=1e-5)
+    tables = [pq.read_table(shop / name / "item_embeddings.parquet") for name in ("runs/first/best", "with-fresh")]
+    assert [table.num_rows for table in tables] == [60, 61]
+    assert tables[0].schema.metadata[b"version"] != tables[1].schema.metadata[b"version"]
+    assert after.predict([{"history": "fresh"}])[0]["items"] != before.predict([{"history": ""}])[0]["items"]
+    again = dist_train(["add-items", "runs/first", "fresh.csv", "--output", "with-fresh"], shop)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+
+
+def test_a_backtest_trains_up_to_several_moments_and_types_again_what_is_kept(shop: Path) -> None:
+    words = ["backtest", "recsys", "name=ageing", *SETTINGS, *TRAINING, "train.epochs=2", "--cuts", "2"]
+    done = dist_train(words, shop)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Training anew every" in done.stdout
+    result = json.loads((shop / "runs" / "ageing" / "backtest.json").read_text())
+    assert [entry["age"] for entry in result["ages"]] == [0, 1]
+    assert (shop / "runs" / "ageing" / "backtest.svg").read_text().startswith("<?xml")
+    again = dist_train(words, shop)
+    assert again.stdout.count("kept           ") == 2
+    assert json.loads((shop / "runs" / "ageing" / "backtest.json").read_text()) == result

@@ -134,10 +134,10 @@ def _write(
     for name in SPLITS:
         np.save(folder / f"{name}.npy", split.rows[name])
     write_split(folder, "users", pa.table({"id": pa.array(log.user_names, pa.large_string())}))
-    write_catalogue(folder, table, counts, appears, content)
+    _write_catalogue(folder, table, counts, appears, content)
 
 
-def write_catalogue(
+def _write_catalogue(
     folder: Path, table: ItemTable, counts: np.ndarray, appears: np.ndarray, content: ContentModel
 ) -> None:
     """The items with their content, and what it was made by; what a model folder needs too."""
@@ -145,6 +145,11 @@ def write_catalogue(
     np.save(folder / "numbers.npy", np.concatenate([np.zeros((1, numbers.shape[1]), np.float32), numbers]))
     np.save(folder / "categories.npy", np.concatenate([np.zeros((1, categories.shape[1]), np.int32), categories]))
     content.save(folder)
+    write_split(folder, "items", items_table(table, counts, appears))
+
+
+def items_table(table: ItemTable, counts: np.ndarray, appears: np.ndarray) -> pa.Table:
+    """A line an item, as `read_items` of stored.py gives it."""
     titles = table.texts[0] if table.texts else table.names
     columns = {
         "id": pa.array(table.names, pa.large_string()),
@@ -157,7 +162,7 @@ def write_catalogue(
         ("available_until", table.available_until, NEVER),
     ):
         columns[name] = np.full(len(table), missing) if values is None else values
-    write_split(folder, "items", pa.table(columns))
+    return pa.table(columns)
 
 
 def _appearances(events: np.ndarray, sessions: Sessions, split: Split, table: ItemTable) -> np.ndarray:

@@ -15,9 +15,10 @@ from recipes.recsys.model import Recommender
 FILE = "item_embeddings.parquet"
 
 
-def write_embeddings(model: Recommender, items: pa.Table, folder: Path) -> None:
+def write_embeddings(model: Recommender, items: pa.Table, folder: Path) -> str:
     """A line an item: item_id, trained (its own vector was), embedding [width] float32. A session's score of an item is
-    the product of its state and this vector. The version in the file's metadata is that of the vectors' content."""
+    the product of its state and this vector. The version in the file's metadata is that of the vectors' content; it is
+    returned."""
     was_training = model.training
     with torch.no_grad():
         vectors = model.eval().vectors().float().cpu().numpy()
@@ -27,3 +28,4 @@ def write_embeddings(model: Recommender, items: pa.Table, folder: Path) -> None:
     trained = np.arange(len(vectors)) < model.catalogue.trained
     table = pa.table({"item_id": items["id"], "trained": trained, "embedding": flat})
     pq.write_table(table.replace_schema_metadata({b"version": version.encode()}), folder / FILE)
+    return version

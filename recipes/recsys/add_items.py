@@ -1,0 +1,97 @@
+"""Put new items into the catalogue of a trained model: they are ranked by their content, as it was learnt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+
+from dist_train.config_io import load
+from dist_train.errors import ConfigError
+from dist_train.model_folder import load_model_folder
+from dist_train.prepared import load_facts, write_split
+from dist_train.rundir import MODEL_RECORD, read_json, write_json
+from recipes.recsys.config import Config
+from recipes.recsys.content import ContentModel
+from recipes.recsys.data import items_table
+from recipes.recsys.embeddings import write_embeddings
+from recipes.recsys.item_table import ItemTable, read_items
+from recipes.recsys.model import Recommender
+from recipes.recsys.stored import read_content
+from recipes.recsys.stored import read_items as stored_items
+
+
+def add_items(folder: Path, file: str, output: Path, say: Callable[[str], None]) -> None:
+    """Write the model folder `folder` to `output` with the items of `file` in its catalogue: an item table as it was
+    trained with. An item that is there already gets the content of the file. ConfigError, DataError."""
+    config = cast(Config, load(str(folder / "recipe.yaml"), site=False).config)
+    if config.model.items == "id":
+        raise ConfigError(
+            f"the model of {folder} knows items by their ids alone (model.items is id): a new one has no vector until "
+            "it is trained on. Train with model.items=hybrid or content."
+        )
+    if output.exists():
+        raise ConfigError(f"{output} is there already: name a folder that is not.")
+    table = read_items(file, "FILE", config.data)
+    facts = load_facts(folder)
+    known = stored_items(folder)
+    codes = {name: place for place, name in enumerate(known["id"].to_pylist())}
+    is_new = np.array([name not in codes for name in table.names])
+    changed = np.flatnonzero(~is_new)
+    place = np.empty(len(table), dtype=np.int64)
+    place[changed] = [codes[table.names[index]] for index in changed]
+    place[is_new] = known.num_rows + np.arange(int(is_new.sum()))
+    shutil.copytree(folder, output)
+    _write_content(folder, output, table, place, known.num_rows)
+    _write_items(output, known, table, place)
+    total = known.num_rows + int(is_new.sum())
+    added = int(facts.get("added_items", 0)) + int(is_new.sum())
+    write_json(output / "facts.json", {**facts, "items": total, "added_items": added})
+    loaded = load_model_folder(output)
+    version = write_embeddings(cast(Recommender, loaded.model), stored_items(output), output)
+    record = read_json(output / MODEL_RECORD)
+    write_json(output / MODEL_RECORD, {**record, "added_items": added, "embeddings_version": version})
+    empty = int(table.without_content().sum())
+    say(f"items          {int(is_new.sum()):,} added, {len(changed):,} with new content; {total:,} in the catalogue")
+    if empty:
+        say(f"warning        {empty:,} of the file have no content: the model cannot tell them from each other")
+
+
+def _write_content(folder: Path, output: Path, table: ItemTable, place: np.ndarray, before: int) -> None:
+    """The arrays of the content, row 0 of no item."""
+    encoded = ContentModel.load(folder).encode(table)
+    rows = max(before, int(place.max()) + 1) + 1
+    for name, old, own in zip(("numbers", "categories"), read_content(folder), encoded, strict=True):
+        values = np.zeros((rows, old.shape[1]), dtype=old.dtype)
+        values[: before + 1] = old
+        values[place + 1] = own
+        np.save(output / f"{name}.npy", values)
+
+
+def _write_items(output: Path, known: pa.Table, table: ItemTable, place: np.ndarray) -> None:
+    """What is known of the items: that of the file where it has them; how often they were trained on stays."""
+    order = np.argsort(place)
+    chosen, place = table.take(order), place[order]
+    is_new = place >= known.num_rows
+    counts, appears = np.zeros(len(place), dtype=np.int64), np.full(len(place), np.iinfo(np.int64).max)
+    old = pa.array(place[~is_new])
+    counts[~is_new] = known["count"].take(old).to_numpy()
+    appears[~is_new] = known["appears"].take(old).to_numpy()
+    if chosen.available_from is not None:
+        appears[is_new] = chosen.available_from[is_new]
+    own = items_table(chosen, counts, appears)
+    columns: dict[str, Any] = {}
+    for name in known.column_names:
+        values = np.concatenate([_values(known[name]), _values(own[name])[is_new]])
+        values[place[~is_new]] = _values(own[name])[~is_new]
+        columns[name] = pa.array(values, known.schema.field(name).type)
+    write_split(output, "items", pa.table(columns))
+
+
+def _values(column: Any) -> np.ndarray:
+    values: np.ndarray = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+    return values

@@ -66,6 +66,9 @@ class Where:
         """numbers: of each row, from 0."""
         self._file, self._numbers = file, numbers
 
+    def __len__(self) -> int:
+        return len(self._numbers)
+
     def __getitem__(self, index: int) -> str:
         return f"{self._file}: row {self._numbers[index] + 1}"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dist_train.errors import DataError
-from dist_train.table_files import Batch, expand_files, read_files
+from dist_train.table_files import expand_files, read_files
 from recipes.recsys import synthetic
 from recipes.recsys.clock import Clock, Where
 from recipes.recsys.config import DataConfig
@@ -73,13 +72,18 @@ def read_item_table(data: DataConfig) -> ItemTable | None:
 
 def read_items(paths: str | list[str], key: str, data: DataConfig) -> ItemTable:
     """The items of these files, with the columns of the config."""
-    rows = list(itertools.chain.from_iterable(read_files(expand_files(paths, key), _columns(data))))
-    return table_of(rows, data, str(paths))
+    asked = _columns(data)
+    columns: dict[str, list[str]] = {name: [] for name in asked}
+    for batch in read_files(expand_files(paths, key), asked):
+        for name, values in columns.items():
+            values += [(row[name] or "").strip() for row in batch]
+    return table_of(columns, data, str(paths))
 
 
-def table_of(rows: Batch, data: DataConfig, where: str) -> ItemTable:
-    problems, places = Problems(), Where(where, range(len(rows)))
-    names = [(row[data.item_column] or "").strip() for row in rows]
+def table_of(columns: dict[str, list[str]], data: DataConfig, where: str) -> ItemTable:
+    """columns: the texts of each by name."""
+    names = columns[data.item_column]
+    problems, places = Problems(), Where(where, range(len(names)))
     first: dict[str, int] = {}
     for index, name in enumerate(names):
         if not name:
@@ -90,22 +94,23 @@ def table_of(rows: Batch, data: DataConfig, where: str) -> ItemTable:
     def moments(column: str | None, missing: int) -> np.ndarray | None:
         if column is None:
             return None
-        given = [index for index, row in enumerate(rows) if (row[column] or "").strip()]
-        values = np.full(len(rows), missing, dtype=np.int64)
-        values[given] = Clock(column).read([rows[index][column] for index in given], places.of(given), problems)
+        texts = columns[column]
+        given = [index for index, text in enumerate(texts) if text]
+        values = np.full(len(names), missing, dtype=np.int64)
+        values[given] = Clock(column).read([texts[index] for index in given], places.of(given), problems)
         return values
 
     table = ItemTable(
         names,
-        [[(row[column] or "").strip() for row in rows] for column in data.text_columns],
-        [[(row[column] or "").strip() for row in rows] for column in data.category_columns],
-        _numbers(rows, data.number_columns, places, problems),
+        [columns[column] for column in data.text_columns],
+        [columns[column] for column in data.category_columns],
+        _numbers([columns[column] for column in data.number_columns], data.number_columns, places, problems),
         moments(data.available_from_column, ALWAYS),
         moments(data.available_until_column, NEVER),
         moments(data.content_time_column, ALWAYS),
     )
     problems.check("Mend these rows of the item table, or leave them out.")
-    if not rows:
+    if not names:
         raise DataError(f"{where} has no items.")
     return table
 
@@ -120,16 +125,16 @@ def _columns(data: DataConfig) -> dict[str, str]:
     return columns
 
 
-def _numbers(rows: Batch, columns: list[str], places: Where, problems: Problems) -> np.ndarray:
-    values = np.full((len(rows), len(columns)), np.nan)
-    for place, column in enumerate(columns):
-        for index, row in enumerate(rows):
-            text = (row[column] or "").strip()
+def _numbers(texts: list[list[str]], names: list[str], places: Where, problems: Problems) -> np.ndarray:
+    """texts: of each column, for each item."""
+    values = np.full((len(places), len(names)), np.nan)
+    for column, own in enumerate(texts):
+        for index, text in enumerate(own):
             if not text:
                 continue
             try:
-                values[index, place] = float(text)
+                values[index, column] = float(text)
             except ValueError:
-                problems.add(places[index], f"{column} is {text!r}, which is no number (data.number_columns)")
+                problems.add(places[index], f"{names[column]} is {text!r}, which is no number (data.number_columns)")
     values[~np.isfinite(values)] = np.nan
     return values

@@ -2,56 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from recipes.recsys.config import SyntheticConfig
 
 # Changes whenever the same keys would give another log.
-VERSION = 1
+VERSION = 2
 _BEGIN_S = 1_704_067_200  # 2024-01-01
 _SUCCESSORS = 3
 _WORDS_A_TITLE = 8
 _OTHER_WORDS = 400
 _PRICES = (2.0, 0.5)
+_FAMILIES = 4
+# Items that have not appeared yet are drawn anew, so often.
+_TRIES = 8
 
 
 def item_names(config: SyntheticConfig) -> list[str]:
     return [f"i{index}" for index in range(config.items)]
 
 
-def items(config: SyntheticConfig) -> list[dict[str, Any]]:
-    """Rows of the item table: item_id, title, category, price, available_from."""
+def items(config: SyntheticConfig) -> dict[str, list[str]]:
+    """Columns of the item table: item_id, title, category, price, available_from."""
     world = _World(config)
     generator = np.random.default_rng([config.seed, 2])
-    rows = []
-    for index, name in enumerate(item_names(config)):
-        topic, family = int(world.topic[index]), int(world.family[index])
-        telling = generator.random(_WORDS_A_TITLE) < config.content_share
-        own = [f"kind{topic}x{generator.integers(6)}", f"line{topic}x{family}"]
-        words = [
-            own[int(generator.integers(2))] if tells else f"word{generator.integers(_OTHER_WORDS)}"
-            for tells in telling.tolist()
-        ]
-        price = generator.lognormal(_PRICES[0] + 0.1 * (topic % 5), _PRICES[1])
-        rows.append(
-            {
-                "item_id": name,
-                "title": " ".join(words),
-                "category": f"c{topic // 3}",
-                "price": f"{price:.2f}",
-                "available_from": str(_BEGIN_S + int(world.appears[index])),
-            }
-        )
-    return rows
+    shape = (config.items, _WORDS_A_TITLE)
+    tells = generator.random(shape) < config.content_share
+    is_line = generator.random(shape) < 0.5
+    kind = generator.integers(6, size=config.items)
+    other = generator.integers(_OTHER_WORDS, size=shape)
+    price = generator.lognormal(_PRICES[0] + 0.1 * (world.topic % 5), _PRICES[1])
+    titles = []
+    for index, (topic, family) in enumerate(zip(world.topic.tolist(), world.family.tolist(), strict=True)):
+        own = (f"kind{topic}x{kind[index]}", f"line{topic}x{family}")
+        words = zip(tells[index].tolist(), is_line[index].tolist(), other[index].tolist(), strict=True)
+        titles.append(" ".join(own[line] if tell else f"word{word}" for tell, line, word in words))
+    return {
+        "item_id": item_names(config),
+        "title": titles,
+        "category": [f"c{topic // 3}" for topic in world.topic.tolist()],
+        "price": [f"{value:.2f}" for value in price.tolist()],
+        "available_from": [str(_BEGIN_S + int(appears)) for appears in world.appears.tolist()],
+    }
 
 
 def events(count: int, config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """users, items [count] int32 and times [count] int64 in milliseconds, user by user."""
     world = _World(config)
     generator = np.random.default_rng([config.seed, 1])
-    # Some users come often, most seldom; a user is active for a part of the time.
+    users, moments = _visits(count, config, generator)
+    chosen = np.zeros(count, dtype=np.int32)
+    starts = np.flatnonzero(np.append(True, users[1:] != users[:-1]))
+    sizes = np.diff(np.append(starts, count))
+    # Those who come oftest first: the n-th event of all who have one is made at once.
+    order = np.argsort(-sizes, kind="stable")
+    starts, sizes = starts[order], sizes[order]
+    topic = generator.integers(config.topics, size=len(starts))
+    before = np.full(len(starts), -1)
+    for turn in range(int(sizes[0]) if len(sizes) else 0):
+        going = int(np.searchsorted(-sizes, -turn))
+        place, own = starts[:going] + turn, topic[:going]
+        drifts, follows, where, among = generator.random((4, going))
+        own = np.where(drifts < config.drift, (own + 1) % config.topics, own)
+        own = np.where(drifts < config.drift / 2, (among * config.topics).astype(np.int64), own)
+        item = world.popular(own, moments[place], generator)
+        sequel = world.successors[before[:going], (where * _SUCCESSORS).astype(np.int64)]
+        is_sequel = (before[:going] >= 0) & (follows < config.sequel_share) & (world.appears[sequel] <= moments[place])
+        item = np.where(is_sequel, sequel, item)
+        chosen[place], before[:going] = item, item
+        topic[:going] = np.where(is_sequel, world.topic[item], own)
+    return users, chosen, _BEGIN_S * 1000 + (moments * 1000).astype(np.int64)
+
+
+def _visits(count: int, config: SyntheticConfig, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """users [count] and moments [count] in seconds. Some come often, most seldom; a user is active for a part of the
+    time."""
     share = generator.pareto(1.5, config.users) + 0.3
     users = np.sort(generator.choice(config.users, count, p=share / share.sum())).astype(np.int32)
     span = config.days * 86_400
@@ -60,29 +85,7 @@ def events(count: int, config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray,
     low, high = np.clip(begins, 0, 0.95 * span), np.clip(lasts, 0.05 * span, span)
     moments = low[users] + generator.random(count) * np.maximum(high - low, 3600)[users]
     moments = np.clip(moments, 0, span - 1)
-    order = np.lexsort((moments, users))
-    moments = moments[order]
-    chosen = np.zeros(count, dtype=np.int32)
-    draws = generator.random((count, 4))
-    favourite = generator.integers(config.topics, size=config.users)
-    topic, before = -1, -1
-    for place in range(count):
-        user = users[place]
-        if place == 0 or users[place - 1] != user:
-            topic, before = int(favourite[user]), -1
-        drifts, follows, where, among = draws[place]
-        if drifts < config.drift:
-            topic = int(among * config.topics) if drifts < config.drift / 2 else (topic + 1) % config.topics
-        item = -1
-        if before >= 0 and follows < config.sequel_share:
-            item = int(world.successors[before, int(where * _SUCCESSORS)])
-            item = item if world.appears[item] <= moments[place] else -1
-        if item < 0:
-            item = world.popular(topic, where, moments[place])
-        else:
-            topic = int(world.topic[item])
-        chosen[place], before = item, item
-    return users, chosen, _BEGIN_S * 1000 + (moments * 1000).astype(np.int64)
+    return users, moments[np.lexsort((moments, users))]
 
 
 class _World:
@@ -92,29 +95,43 @@ class _World:
         generator = np.random.default_rng([config.seed, 0])
         count, span = config.items, config.days * 86_400
         self.topic = generator.integers(config.topics, size=count)
-        self.family = generator.integers(4, size=count)
+        self.family = generator.integers(_FAMILIES, size=count)
         is_new = generator.random(count) < config.new_share
         self.appears = np.where(is_new, generator.random(count) * span, 0.0)
         rank = generator.permutation(count) // config.topics + 1
-        self._popularity = rank**-config.popularity_exponent
-        self._of_topic = [np.flatnonzero(self.topic == topic) for topic in range(config.topics)]
+        popularity = rank**-config.popularity_exponent
+        self._by_topic = _Drawn(self.topic, config.topics, popularity)
         # Successors are of one family of a topic: content tells them as it tells the topic.
-        self.successors = np.zeros((count, _SUCCESSORS), dtype=np.int64)
-        for topic in range(config.topics):
-            for family in range(4):
-                members = np.flatnonzero((self.topic == topic) & (self.family == family))
-                target = np.flatnonzero((self.topic == (topic * 7 + 3) % config.topics) & (self.family == family))
-                target = target if len(target) else np.arange(count)
-                weight = self._popularity[target] / self._popularity[target].sum()
-                for item in members:
-                    self.successors[item] = generator.choice(target, _SUCCESSORS, p=weight)
-        self._all = np.arange(count)
+        groups = config.topics * _FAMILIES
+        target = _Drawn(self.topic * _FAMILIES + self.family, groups, popularity)
+        wanted = (self.topic * 7 + 3) % config.topics * _FAMILIES + self.family
+        self.successors = np.stack([target.draw(wanted, generator.random(count)) for _ in range(_SUCCESSORS)], axis=1)
+        old = np.flatnonzero(~is_new)
+        self._always = old if len(old) else np.array([int(self.appears.argmin())])
 
-    def popular(self, topic: int, draw: float, moment: float) -> int:
-        """An item of the topic that is there by then, the popular ones more often."""
-        members = self._of_topic[topic]
-        members = members[self.appears[members] <= moment]
-        if not len(members):
-            members = self._all[self.appears <= moment]
-        total = np.cumsum(self._popularity[members])
-        return int(members[np.searchsorted(total, draw * total[-1], side="right").clip(max=len(members) - 1)])
+    def popular(self, topics: np.ndarray, moments: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """An item of each topic that is there by then, the popular ones more often; where there is none, any."""
+        item = self._always[generator.integers(len(self._always), size=len(topics))]
+        missing = np.arange(len(topics))
+        for _ in range(_TRIES):
+            drawn = self._by_topic.draw(topics[missing], generator.random(len(missing)))
+            there = self.appears[drawn] <= moments[missing]
+            item[missing[there]] = drawn[there]
+            missing = missing[~there]
+        return item
+
+
+class _Drawn:
+    """Items by groups, to be drawn by their weights within a group."""
+
+    def __init__(self, group: np.ndarray, groups: int, weight: np.ndarray) -> None:
+        self._items = np.argsort(group, kind="stable")
+        self._ends = np.searchsorted(group[self._items], np.arange(groups + 1))
+        self._total = np.append(0.0, np.cumsum(weight[self._items]))
+
+    def draw(self, groups: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """One item of each of `groups`, by draws in [0, 1); of an empty group the item beside it."""
+        low, high = self._ends[groups], self._ends[groups + 1]
+        aim = self._total[low] + draws * (self._total[high] - self._total[low])
+        found = np.searchsorted(self._total, aim, side="right") - 1
+        return self._items[np.clip(found, low, np.maximum(high - 1, low)).clip(max=len(self._items) - 1)]

@@ -170,6 +170,18 @@ def test_a_training_target_is_predicted_from_what_came_strictly_before_it(here: 
     assert batch["place"].tolist() == [1, 1, 1, 4, 5 + 1, 5 + 2, 5 + 3]
 
 
+def test_an_event_counts_half_as_much_for_each_half_life_that_it_is_older(here: Path) -> None:
+    stored = StoredSessions(_prepare("data.half_life_days=10"))
+    cut = stored.facts["cuts"][0]
+    assert stored.weights is not None
+    assert stored.times is not None
+    days = (cut - np.asarray(stored.times)) / 86_400_000
+    np.testing.assert_allclose(stored.weights, np.exp2(-np.maximum(days, 0) / 10), rtol=1e-6)
+    assert (np.asarray(StoredSessions(_prepare("data.half_life_days=0.001")).weights) > 0).all()
+    with pytest.raises(ConfigError, match="half_life_days is 3, but data"):
+        _prepare("data.half_life_days=3", "data.split=leave_one_out")
+
+
 def test_items_without_content_are_counted(here: Path) -> None:
     rows = _rows("items.csv")
     rows[5][1:] = ["", "", ""]

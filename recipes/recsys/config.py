@@ -65,6 +65,9 @@ class DataConfig(CachedData):
     """The types of events that count, for example [purchase]; null takes every event."""
     weight_column: str | None = None
     """Column of what an event counts in the loss, above 0; null: each counts 1."""
+    half_life_days: Annotated[float, Field(gt=0.0)] | None = None
+    """An event counts half as much in the loss for every so many days that it is older than the end of the training;
+    null: all count alike. For logs of years, whose taste has changed."""
     items_path: str | list[str] | None = path_field(None)
     """The item table; null: the items are those of the training events, and have no content."""
     text_columns: list[str] = []
@@ -133,6 +136,11 @@ class DataConfig(CachedData):
             raise ValueError(
                 f"data.session_gap_s is {self.session_gap_s}, but data.kind is {self.kind}, whose rows are sessions "
                 "already: set it to null"
+            )
+        if self.half_life_days is not None and (self.kind != "events" or self.split != "time"):
+            raise ValueError(
+                f"data.half_life_days is {self.half_life_days:g}, but data.kind is {self.kind} and data.split "
+                f"{self.split}: it needs events that are split by time; set it to null"
             )
         return self
 

@@ -16,6 +16,7 @@ from dist_train.errors import DataError
 from dist_train.prepared import load_facts, write_split
 from dist_train.table_files import expand_files
 from recipes.recsys import leaks, synthetic
+from recipes.recsys.clock import DAY_MS
 from recipes.recsys.config import Config, DataConfig
 from recipes.recsys.content import ContentModel, fit_content
 from recipes.recsys.item_table import ALWAYS, NEVER, ItemTable, bare_table, read_item_table
@@ -25,6 +26,8 @@ from recipes.recsys.sessions import BEGIN, FIRST, SPLITS, STOP, Sessions, Split,
 # Changes whenever the same source would be prepared differently.
 VERSION = 1
 _TITLE_CHARACTERS = 120
+# Of an event of long ago: more than nothing, so that a row of such events has its share of the loss.
+_LEAST_WEIGHT = 1e-6
 Say = Callable[[str], None]
 
 
@@ -53,6 +56,8 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     say(f"data           {len(log.items):,} events of {len(log.user_names):,} users on {len(log.item_names):,} items")
     sessions = make_sessions(log, data)
     split = split_sessions(sessions, log, data)
+    if data.half_life_days is not None:
+        sessions.weights = _aged_weights(sessions, split, data.half_life_days)
     found = leaks.check_split(sessions, split)
     table = bare_table(log.item_names) if table is None else table
     has_table = data.items_path is not None or data.path == "synthetic"
@@ -163,6 +168,15 @@ def items_table(table: ItemTable, counts: np.ndarray, appears: np.ndarray) -> pa
     ):
         columns[name] = np.full(len(table), missing) if values is None else values
     return pa.table(columns)
+
+
+def _aged_weights(sessions: Sessions, split: Split, half_life_days: float) -> np.ndarray:
+    """What each event counts, less the older it is: [events] float32."""
+    assert sessions.times is not None
+    assert split.cuts is not None
+    age = np.maximum(split.cuts[0] - sessions.times, 0) / DAY_MS
+    weights = np.exp2(-age / half_life_days) * (1.0 if sessions.weights is None else sessions.weights)
+    return np.maximum(weights, _LEAST_WEIGHT).astype(np.float32)
 
 
 def _appearances(events: np.ndarray, sessions: Sessions, split: Split, table: ItemTable) -> np.ndarray:

@@ -19,7 +19,7 @@ from dist_train.baselines import SPLITS, Tables
 from recipes.recsys.config import Config
 from recipes.recsys.measures import ndcg, ranks_of
 from recipes.recsys.predictions import make_table
-from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER
+from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER, ranges
 from recipes.recsys.stored import StoredSessions, read_items
 
 # Changes whenever a baseline would come out differently.
@@ -108,7 +108,7 @@ class _World:
     def histories(self, rows: np.ndarray, decay: float) -> sparse.csr_matrix:
         """[rows, items]: the last events of each session, the n-th from the end counting decay to the power of n."""
         begins = np.maximum(rows[:, BEGIN], rows[:, FIRST] - _HISTORY)
-        row, event = _ranges(begins, rows[:, FIRST])
+        row, event = ranges(begins, rows[:, FIRST])
         distance = rows[row, FIRST] - event - 1
         item = np.asarray(self.stored.items[event]) - 1
         shape = (len(rows), self.items)
@@ -116,7 +116,7 @@ class _World:
 
     def users(self) -> sparse.csr_matrix:
         """[users, items]: 1 where a user took the item in the training."""
-        row, event = _ranges(self.train[:, BEGIN], self.train[:, STOP])
+        row, event = ranges(self.train[:, BEGIN], self.train[:, STOP])
         item = np.asarray(self.stored.items[event]) - 1
         user = self.train[row, USER]
         shape = (int(user.max()) + 1, self.items)
@@ -126,7 +126,7 @@ class _World:
 
     def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         """Item before, item after, distance: of each target of the training and the events before it."""
-        row, event = _ranges(self.train[:, FIRST], self.train[:, STOP])
+        row, event = ranges(self.train[:, FIRST], self.train[:, STOP])
         begin = self.train[row, BEGIN]
         items = np.asarray(self.stored.items) - 1
         for distance in range(1, _HISTORY + 1):
@@ -135,14 +135,14 @@ class _World:
 
     def recent(self, share: float) -> np.ndarray:
         """Training events of each item in the last part of the training: [items]."""
-        _, event = _ranges(self.train[:, FIRST], self.train[:, STOP])
+        _, event = ranges(self.train[:, FIRST], self.train[:, STOP])
         if self.stored.times is not None:
             event = event[np.argsort(np.asarray(self.stored.times[event]), kind="stable")]
         chosen = event[len(event) - round(share * len(event)) :]
         return np.bincount(np.asarray(self.stored.items[chosen]), minlength=self.items + 1)[1:]
 
     def _padded(self, begins: np.ndarray, ends: np.ndarray, width: int | None = None) -> np.ndarray:
-        row, event = _ranges(begins, ends)
+        row, event = ranges(begins, ends)
         padded = np.zeros((len(begins), width or max(1, int((ends - begins).max()))), dtype=np.int64)
         padded[row, event - begins[row]] = self.stored.items[event]
         return padded
@@ -219,10 +219,3 @@ def _strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
     place = np.arange(len(order)) - matrix.indptr[row]
     keep = order[place < most]
     return sparse.csr_matrix((matrix.data[keep], (row[keep], matrix.indices[keep])), shape=matrix.shape)
-
-
-def _ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers from begins to ends of each row: the row, and the number."""
-    sizes = np.maximum(ends - begins, 0)
-    row = np.repeat(np.arange(len(begins)), sizes)
-    return row, np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + begins[row]

@@ -21,7 +21,7 @@ from recipes.recsys.config import Config, DataConfig
 from recipes.recsys.content import ContentModel, fit_content
 from recipes.recsys.item_table import ALWAYS, NEVER, ItemTable, bare_table, read_item_table
 from recipes.recsys.log import Log, read_log
-from recipes.recsys.sessions import BEGIN, FIRST, SPLITS, STOP, Sessions, Split, make_sessions, split_sessions
+from recipes.recsys.sessions import BEGIN, FIRST, SPLITS, STOP, Sessions, Split, make_sessions, ranges, split_sessions
 
 # Changes whenever the same source would be prepared differently.
 VERSION = 1
@@ -210,9 +210,7 @@ def is_unseen(items: np.ndarray, trained: int) -> np.ndarray:
 
 
 def _targets(events: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    sizes = rows[:, STOP] - rows[:, FIRST]
-    offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return events[np.repeat(rows[:, FIRST], sizes) + offsets]
+    return events[ranges(rows[:, FIRST], rows[:, STOP])[1]]
 
 
 def _warnings(log: Log, split: Split, table: ItemTable, data: DataConfig, found: dict[str, int]) -> list[str]:

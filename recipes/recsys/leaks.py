@@ -8,7 +8,7 @@ from dist_train.errors import DataError
 from recipes.recsys.clock import shown
 from recipes.recsys.config import DataConfig
 from recipes.recsys.item_table import ItemTable
-from recipes.recsys.sessions import BEGIN, STOP, USER, Sessions, Split
+from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER, Sessions, Split, ranges
 
 # A column of categories with this share of different values names the items.
 _IDENTIFYING_SHARE = 0.9
@@ -109,8 +109,12 @@ def _row_key(sessions: Sessions, row: np.ndarray) -> bytes:
 
 
 def _repeats(sessions: Sessions, rows: np.ndarray) -> int:
-    """Targets that stand in their own history."""
-    count = 0
-    for begin, first, stop, _ in rows.tolist():
-        count += int(np.isin(sessions.items[first:stop], sessions.items[begin:first]).sum())
-    return count
+    """Targets that stand in their own history: their item came in the session before the row's targets."""
+    begins = np.unique(rows[:, BEGIN])
+    session, event = ranges(begins, sessions.starts[np.searchsorted(sessions.starts, begins) + 1])
+    key = session * (int(sessions.items.max()) + 1) + sessions.items[event]
+    _, first, which = np.unique(key, return_index=True, return_inverse=True)
+    came_first = np.empty(len(sessions.items), dtype=np.int64)
+    came_first[event] = event[first[which]]
+    row, target = ranges(rows[:, FIRST], rows[:, STOP])
+    return int((came_first[target] < rows[row, FIRST]).sum())

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from recipes.recsys.clock import DAY_MS
 from recipes.recsys.config import Config
-from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER
+from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER, ranges
 from recipes.recsys.stored import StoredSessions, read_items
 
 
@@ -41,7 +41,7 @@ def make_table(
     sizes = rows[:, STOP] - rows[:, FIRST]
     offsets = pa.array(np.append(0, np.cumsum(sizes)).astype(np.int32))
     filled = np.arange(outputs["above"].shape[1]) < sizes[:, None]
-    targets = np.concatenate([stored.items[first:stop] for _, first, stop, _ in rows.tolist()])
+    targets = stored.items[ranges(rows[:, FIRST], rows[:, STOP])[1]]
     folder = stored.folder
     counts = np.append(0, read_items(folder)["count"].to_numpy())
 

@@ -243,3 +243,10 @@ def _training_rows(sessions: Sessions, trained: np.ndarray, data: DataConfig) ->
 
 def _rows(*columns: np.ndarray) -> np.ndarray:
     return np.stack([column.astype(np.int64) for column in columns], axis=1)
+
+
+def ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers from begins to ends of each row: the row, and the number."""
+    sizes = np.maximum(ends - begins, 0)
+    row = np.repeat(np.arange(len(begins)), sizes)
+    return row, np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + begins[row]

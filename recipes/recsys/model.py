@@ -124,8 +124,8 @@ class Recommender(nn.Module):
         In training: target [n] int64; place [n] int64, in rows x (events + 1) states, of what comes before each; row
         [n] int64; share [n] float, of each target in its row's weight; weight [rows]; appeared [n] int32, how many
         trained items had appeared when the target came: others are not held against it.
-        In evaluation: last [rows] int64, the number of events; target [rows, targets]; seen [rows, any]; moment [rows];
-        most_targets [rows, most] anything: how many there are in any batch.
+        In evaluation: last [rows] int64, the number of events; asked [rows, targets], the targets, 0 for none; seen
+        [rows, any]; moment [rows]; most_targets [rows, most] anything: how many there are in any batch.
         """
         kept = self.catalogue.draw_kept(batch["items"].device)
         events = self.catalogue(batch["items"], kept) * self.input_scale
@@ -176,7 +176,7 @@ class Recommender(nn.Module):
                 moment = batch["moment"][rows, None]
                 candidates = (self.available_from[1:] <= moment) & (moment < self.available_until[1:])
             scores = queries[rows] @ table.T
-            parts.append(rank(scores, batch["target"][rows], excluded[rows], self.k, candidates))
+            parts.append(rank(scores, batch["asked"][rows], excluded[rows], self.k, candidates))
         above, tied, best, best_scores = (torch.cat(part) for part in zip(*parts, strict=True))
         # As wide in every batch: rows of several batches stand in one array.
         wide = (0, int(batch["most_targets"].shape[1]) - above.shape[1])

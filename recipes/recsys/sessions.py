@@ -227,18 +227,16 @@ def _training_rows(sessions: Sessions, trained: np.ndarray, data: DataConfig) ->
     counts = np.add.reduceat(trained, sessions.starts[:-1]) if len(trained) else np.zeros(0, dtype=np.int64)
     longest, stride = data.max_history, max(1, data.max_history // 2)
     begins, ends = sessions.starts[:-1], sessions.starts[:-1] + counts
-    firsts = begins + data.min_history
-    parts = []
+    firsts, users, room = begins + data.min_history, sessions.users, longest
+    parts = [np.zeros((0, 4), dtype=np.int64)]
     while True:
-        going = np.flatnonzero(firsts < ends)
-        if not len(going):
-            break
-        room = np.where(firsts[going] - begins[going] <= data.min_history, longest, stride)
-        stops = np.minimum(firsts[going] + room, ends[going])
-        parts.append(_rows(begins[going], firsts[going], stops, sessions.users[going]))
-        firsts = firsts.copy()
-        firsts[going] = stops
-    return np.concatenate(parts) if parts else np.zeros((0, 4), dtype=np.int64)
+        going = firsts < ends
+        begins, firsts, ends, users = begins[going], firsts[going], ends[going], users[going]
+        if not len(begins):
+            return np.concatenate(parts)
+        stops = np.minimum(firsts + room, ends)
+        parts.append(_rows(begins, firsts, stops, users))
+        firsts, room = stops, stride
 
 
 def _rows(*columns: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ _PRICES = (2.0, 0.5)
 _FAMILIES = 4
 # Items that have not appeared yet are drawn anew, so often.
 _TRIES = 8
+# Of one user, as a multiple of about half the mean: with millions of users one would have most of the log.
+_MOST_VISITS = 1000.0
 
 
 def item_names(config: SyntheticConfig) -> list[str]:
@@ -77,7 +79,7 @@ def events(count: int, config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray,
 def _visits(count: int, config: SyntheticConfig, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """users [count] and moments [count] in seconds. Some come often, most seldom; a user is active for a part of the
     time."""
-    share = generator.pareto(1.5, config.users) + 0.3
+    share = np.minimum(generator.pareto(1.5, config.users) + 0.3, _MOST_VISITS)
     users = np.sort(generator.choice(config.users, count, p=share / share.sum())).astype(np.int32)
     span = config.days * 86_400
     begins = generator.uniform(-0.2, 0.9, config.users) * span
@@ -114,6 +116,8 @@ class _World:
         item = self._always[generator.integers(len(self._always), size=len(topics))]
         missing = np.arange(len(topics))
         for _ in range(_TRIES):
+            if not len(missing):
+                break
             drawn = self._by_topic.draw(topics[missing], generator.random(len(missing)))
             there = self.appears[drawn] <= moments[missing]
             item[missing[there]] = drawn[there]

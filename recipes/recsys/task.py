@@ -126,7 +126,7 @@ class RecommendationTask:
         return {
             **batch,
             "last": torch.tensor([len(row.items) for row in rows]),
-            "target": _padded([row.targets for row in rows], most),
+            "asked": _padded([row.targets for row in rows], most),
             "seen": _padded([row.seen for row in rows], max(len(row.seen) for row in rows)),
             "moment": torch.tensor([row.moment for row in rows]),
             "most_targets": torch.zeros(len(rows), self._most_targets, dtype=torch.int8),
@@ -136,8 +136,15 @@ class RecommendationTask:
         events = np.ones(length - 1, dtype=np.int64)
         targets, before = np.ones(length, dtype=np.int64), np.arange(length)
         shares, appeared = np.ones(length, dtype=np.float32), np.ones(length, dtype=np.int32)
-        example = Example(events, events, targets, shares, before, appeared=appeared, trains=True)
-        return self.collate([example] * rows, np.zeros(rows, dtype=np.uint64))
+        seen = events if self.config.task.mask_seen else _NONE
+        example = Example(events, events, targets, shares, before, seen=seen, appeared=appeared, trains=True)
+        # For the memory of training and of evaluation: a row has what both read.
+        seeds = np.zeros(rows, dtype=np.uint64)
+        most = targets[: self._most_targets]
+        return {
+            **self.collate([example._replace(targets=most, trains=False)] * rows, seeds),
+            **self.collate([example] * rows, seeds),
+        }
 
     def predictions(self, split: str, outputs: dict[str, np.ndarray]) -> pa.Table:
         return make_table(StoredSessions(self.prepared), split, outputs, self.config)

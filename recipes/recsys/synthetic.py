@@ -16,8 +16,8 @@ _PRICES = (2.0, 0.5)
 _FAMILIES = 4
 # Items that have not appeared yet are drawn anew, so often.
 _TRIES = 8
-# Of one user, as a multiple of about half the mean: with millions of users one would have most of the log.
-_MOST_VISITS = 1000.0
+# Of one user, where two and a half are the mean: with many users one would have most of the log.
+_MOST_VISITS = 100.0
 
 
 def item_names(config: SyntheticConfig) -> list[str]:

@@ -27,6 +27,7 @@ WORDS = {
 COMMON_TEXT = "please hello the my is not since monday team urgent help with on for again today"
 COMMON = COMMON_TEXT.split()
 
+_MOST_SECONDS = 10
 TICKET_STEPS = 120
 TICKET_SETTINGS = [
     "data.path=tickets.csv",
@@ -101,6 +102,31 @@ def start(arguments: list[str], cwd: Path, under: Sequence[str] = (), **extra: s
         # Where the tests run in a shell's background they ignore Ctrl-C, and what they start would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def assert_refused(desk: Path, arguments: list[str], code: int, words: list[str], **variables: str) -> None:
+    """`dist-train run` ends within seconds, with this code and one block that holds the words; nothing is changed."""
+    before = _contents(desk)
+    name = [] if any(word.startswith("name=") for word in arguments) else ["name=bad"]
+    began = time.monotonic()
+    done = dist_train(["run", *arguments, *name, "data.cache_dir=prepared"], desk, **variables)
+    seconds = time.monotonic() - began
+    assert done.returncode == code, done.stdout + done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr.strip().count("\n\n") == 0, "more than one block"
+    assert not (desk / "runs" / "bad").exists()
+    assert seconds < _MOST_SECONDS
+    assert _contents(desk) == before, "something that existed was changed"
+
+
+def _contents(desk: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes()
+        for path in desk.rglob("*")
+        if path.is_file() and "prepared" not in path.parts and "cache" not in path.parts
+    }
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.front_door import dist_train, mounted, write_tickets
+from tests.front_door import assert_refused, dist_train, mounted, write_tickets
 
 pytestmark = pytest.mark.front_door
-
-MOST_SECONDS = 10
 GOOD = ["data.path=good.csv", "data.label_column=queue", "train.steps=5"]
 ROWS = "text,queue\n" + "the screen is black today,hardware\nno network in my room,network\n" * 20
 
@@ -81,31 +78,7 @@ CASES = [
 
 @pytest.mark.parametrize(("arguments", "code", "words"), CASES, ids=lambda value: str(value)[-60:])
 def test_bad_input_is_refused_in_one_block(desk: Path, arguments: list[str], code: int, words: list[str]) -> None:
-    _assert_refused(desk, arguments, code, words)
-
-
-def _assert_refused(desk: Path, arguments: list[str], code: int, words: list[str], **variables: str) -> None:
-    before = _contents(desk)
-    name = [] if any(word.startswith("name=") for word in arguments) else ["name=bad"]
-    began = time.monotonic()
-    done = dist_train(["run", *arguments, *name, "data.cache_dir=prepared"], desk, **variables)
-    seconds = time.monotonic() - began
-    assert done.returncode == code, done.stdout + done.stderr
-    for word in words:
-        assert word in done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.stderr.strip().count("\n\n") == 0, "more than one block"
-    assert not (desk / "runs" / "bad").exists()
-    assert seconds < MOST_SECONDS
-    assert _contents(desk) == before, "something that existed was changed"
-
-
-def _contents(desk: Path) -> dict[str, bytes]:
-    return {
-        str(path): path.read_bytes()
-        for path in desk.rglob("*")
-        if path.is_file() and "prepared" not in path.parts and "cache" not in path.parts
-    }
+    assert_refused(desk, arguments, code, words)
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "https://hub.invalid"])
@@ -113,22 +86,22 @@ def _contents(desk: Path) -> dict[str, bytes]:
 def test_a_hub_name_without_network_is_refused(desk: Path, key: str, endpoint: str) -> None:
     words = [key.partition("=")[2], f"cannot reach {endpoint}", "dist-train prepare", key.partition("=")[0]]
     variables = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1,hub.invalid"}
-    _assert_refused(desk, ["ticket_routing", *GOOD, key], 3, words, **variables)
+    assert_refused(desk, ["ticket_routing", *GOOD, key], 3, words, **variables)
 
 
 def test_a_pretrained_folder_of_pickle_is_refused(desk: Path) -> None:
     arguments = ["ticket_routing", *GOOD, "model.pretrained=pickled"]
-    _assert_refused(desk, arguments, 4, ["pickled, which holds no safetensors weights", "save_pretrained()"])
+    assert_refused(desk, arguments, 4, ["pickled, which holds no safetensors weights", "save_pretrained()"])
 
 
 def test_a_read_only_mount_is_refused(desk: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "readonly", "size=1m,ro") as folder:
-        _assert_refused(desk, ["ticket_routing", *GOOD, f"output_dir={folder}"], 13, ["Read-only", "output_dir"])
+        assert_refused(desk, ["ticket_routing", *GOOD, f"output_dir={folder}"], 13, ["Read-only", "output_dir"])
 
 
 def test_a_full_disk_is_refused_before_anything_starts(desk: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=1m") as folder:
-        _assert_refused(desk, ["ticket_routing", *GOOD, f"output_dir={folder}"], 13, ["free", "output_dir"])
+        assert_refused(desk, ["ticket_routing", *GOOD, f"output_dir={folder}"], 13, ["free", "output_dir"])
 
 
 def test_a_20_mb_file_is_refused_within_seconds(desk: Path) -> None:
@@ -138,7 +111,7 @@ def test_a_20_mb_file_is_refused_within_seconds(desk: Path) -> None:
         stream.write(line * (20_000_000 // len(line)))
         stream.write("one broken record without a label,,\n")
     arguments = ["ticket_routing", *GOOD, "data.path=large.csv"]
-    _assert_refused(desk, arguments, 3, ["large.csv", "3 fields", "the header has 2"])
+    assert_refused(desk, arguments, 3, ["large.csv", "3 fields", "the header has 2"])
     (desk / "large.csv").unlink()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 import dist_train as toolkit
 from recipes.recsys.measures import measure_lists
-from tests.front_door import dist_train
+from tests.front_door import assert_refused, dist_train, final_shards, losses, rank_pids, start, wait_for_step
 from tests.sessions import SETTINGS, write_log, write_rows
 
 pytestmark = pytest.mark.front_door
@@ -122,3 +124,48 @@ def test_a_backtest_trains_up_to_several_moments_and_types_again_what_is_kept(sh
     again = dist_train(words, shop)
     assert again.stdout.count("kept           ") == 2
     assert json.loads((shop / "runs" / "ageing" / "backtest.json").read_text()) == result
+
+
+def test_a_run_whose_rank_is_killed_goes_on_bit_identical(shop: Path) -> None:
+    # Everything that is drawn at random: dropout, left out ids, negatives.
+    drawn = ["model.dropout=0.2", "model.id_dropout=0.3", "task.loss=sampled", "task.negatives=16"]
+    often = ["checkpoint.every_steps=10", "track.log_every_steps=1", "train.epochs=null", "train.steps=120"]
+    words = [*SETTINGS, *drawn, *often, "eval.every_steps=60", "parallel.processes_per_node=2"]
+    done = dist_train(["run", "recsys", "name=whole", *words], shop)
+    assert done.returncode == 0, done.stdout + done.stderr
+    process = start(["run", "recsys", "name=killed", *words], shop)
+    wait_for_step(shop / "runs" / "killed", 25)
+    os.kill(rank_pids(shop / "runs" / "killed")[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    if process.returncode != 0:
+        done = dist_train(["resume", "runs/killed"], shop)
+        assert done.returncode == 0, output + done.stdout + done.stderr
+    assert losses(shop / "runs" / "killed") == losses(shop / "runs" / "whole")
+    assert final_shards(shop / "runs" / "killed") == final_shards(shop / "runs" / "whole")
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "setting", "words"),
+    [
+        ("no_time", "user0,item1,soon", "", ["no_time.csv: row 4: timestamp is 'soon', which is no time"]),
+        ("negative", "user0,item1,-5", "", ["row 4: timestamp is -5, which is negative"]),
+        ("units", "user0,item1,1700000000000", "", ["row 4", "looks like milliseconds, but the times before it"]),
+        ("unknown", "user0,elsewhere,900", "", ["'elsewhere' is not in the item table", "data.unknown_items"]),
+        ("late", "user0,item1,900", "data.test_from=2030-01-01", ["the test split is empty", "2030-01-01"]),
+    ],
+)
+def test_a_log_that_cannot_be_used_is_refused(shop: Path, file: str, row: str, setting: str, words: list[str]) -> None:
+    rows = (shop / "events.csv").read_text().splitlines()
+    (shop / f"{file}.csv").write_text("\n".join([*rows[:4], row, *rows[4:]]) + "\n")
+    own = [word for word in SETTINGS if not word.startswith(("data.path=", "data.cache_dir="))]
+    assert_refused(shop, ["recsys", *own, f"data.path={file}.csv", *([setting] if setting else [])], 3, words)
+
+
+def test_users_of_one_event_and_items_without_content_are_counted_and_no_error(shop: Path) -> None:
+    (shop / "more.csv").write_text((shop / "events.csv").read_text() + "once,item1,900\n")
+    table = (shop / "items.csv").read_text().splitlines()
+    (shop / "bare.csv").write_text("\n".join([*table[:-1], "item59,,,"]) + "\n")
+    words = [*SETTINGS, "data.path=more.csv", "data.items_path=bare.csv"]
+    done = dist_train(["prepare", "recsys", *words], shop)
+    assert done.returncode == 0, done.stderr
+    assert "1 items have no content" in done.stdout

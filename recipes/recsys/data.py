@@ -28,6 +28,8 @@ VERSION = 1
 _TITLE_CHARACTERS = 120
 # Of an event of long ago: more than nothing, so that a row of such events has its share of the loss.
 _LEAST_WEIGHT = 1e-6
+MOST_FULL_ITEMS = 200_000
+"""Trained items up to which task.loss=auto takes the full softmax."""
 Say = Callable[[str], None]
 
 
@@ -78,6 +80,7 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     for warning in warnings:
         say(f"warning        {warning}")
     say(f"data           {split.method}; took {time.monotonic() - began:.1f} s")
+    say(f"loss           {about_loss(config, trained)}")
     return {
         "sources": [{"path": str(data.path)}],
         "rows": sum(len(rows) for rows in split.rows.values()),
@@ -118,6 +121,20 @@ def lengths(folder: Path | str) -> Any:
 def row_lengths(rows: np.ndarray, longest: int) -> np.ndarray:
     """[rows] int64. The start of the session is read too."""
     return np.minimum(rows[:, STOP] - 1 - rows[:, BEGIN], longest) + 1
+
+
+def chosen_loss(config: Config, trained: int) -> str:
+    """full or sampled: what task.loss says, or what the number of trained items does."""
+    if config.task.loss != "auto":
+        return config.task.loss
+    return "full" if trained <= MOST_FULL_ITEMS else "sampled"
+
+
+def about_loss(config: Config, trained: int) -> str:
+    """The loss for the user."""
+    if chosen_loss(config, trained) == "full":
+        return f"full softmax over {trained:,} trained items, exact"
+    return f"sampled softmax: {config.task.negatives:,} of {trained:,} trained items a forward pass, with logQ"
 
 
 def _write(

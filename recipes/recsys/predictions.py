@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from recipes.recsys.clock import DAY_MS
 from recipes.recsys.config import Config
+from recipes.recsys.data import about_loss
 from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER, ranges
 from recipes.recsys.stored import StoredSessions, read_items
 
@@ -26,6 +27,8 @@ class Header:
     events: int
     """Of the training."""
     period_days: float
+    loss: str = ""
+    """That of the training, in words."""
 
 
 def make_table(
@@ -67,7 +70,8 @@ def make_table(
             "best_count": fixed(counts[outputs["best"].astype(np.int64)], np.int64),
         }
     )
-    header = Header(config.task.k, len(counts) - 1, int(counts.sum()), config.data.period_days)
+    loss = about_loss(config, stored.facts["trained_items"])
+    header = Header(config.task.k, len(counts) - 1, int(counts.sum()), config.data.period_days, loss)
     return table.replace_schema_metadata({b"header": json.dumps(asdict(header)).encode()})
 
 

@@ -14,6 +14,7 @@ from recipes.recsys import baselines as simple
 from recipes.recsys import gallery
 from recipes.recsys.config import Config
 from recipes.recsys.measures import coverage, measure_lists
+from recipes.recsys.predictions import header_of
 
 METRIC = "ndcg"
 METRICS = ("ndcg", "map", "hit_rate", "mrr")
@@ -26,7 +27,7 @@ measure = measure_lists
 
 
 def details(table: pa.Table) -> dict[str, Any]:
-    return {"coverage": coverage(table)}
+    return {"coverage": coverage(table), "loss": header_of(table).loss}
 
 
 def remarks(metrics: Mapping[str, Any]) -> list[str]:

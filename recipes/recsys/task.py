@@ -20,7 +20,7 @@ from dist_train.records import check_record
 from dist_train.task import Batch, ListedRows
 from recipes.recsys.clock import Clock
 from recipes.recsys.config import Config
-from recipes.recsys.data import row_lengths
+from recipes.recsys.data import chosen_loss, row_lengths
 from recipes.recsys.embeddings import write_embeddings
 from recipes.recsys.log import read_list
 from recipes.recsys.model import Catalogue, Recommender
@@ -29,8 +29,6 @@ from recipes.recsys.problems import Problems
 from recipes.recsys.sessions import BEGIN, FIRST, STOP
 from recipes.recsys.stored import StoredSessions, gap_buckets, read_content, read_items
 
-MOST_FULL_ITEMS = 200_000
-"""Trained items up to which task.loss=auto takes the full softmax."""
 CATALOGUE_FILES = ("items.arrow", "numbers.npy", "categories.npy", "content.json", "content_axes.npy")
 """What of the prepared folder a model folder needs."""
 _NONE = np.zeros(0, dtype=np.int64)
@@ -102,7 +100,7 @@ class RecommendationTask:
 
     @property
     def is_sampled(self) -> bool:
-        return is_sampled(self.config, self.facts)
+        return chosen_loss(self.config, self.facts["trained_items"]) == "sampled"
 
     def rows(self, split: str) -> SessionRows:
         return SessionRows(self, split)
@@ -303,12 +301,6 @@ class SessionRows:
             return (rows[:, STOP] - rows[:, FIRST]).astype(np.float64)
         total = np.concatenate([[0.0], np.cumsum(self._stored.weights, dtype=np.float64)])
         return total[rows[:, STOP]] - total[rows[:, FIRST]]
-
-
-def is_sampled(config: Config, facts: Mapping[str, Any]) -> bool:
-    """Whether the loss is the sampled softmax."""
-    loss = config.task.loss
-    return loss == "sampled" or (loss == "auto" and facts["trained_items"] > MOST_FULL_ITEMS)
 
 
 def _order_of(appears: np.ndarray) -> np.ndarray:

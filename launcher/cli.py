@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,17 @@ from launcher import complete
 from launcher.output import make_output_steady
 
 STRATEGIES = ["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+
+
+def _study_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Those of the commands that make several runs."""
+    for option in (
+        click.option("--background", "is_background", is_flag=True, help="Go on without this terminal."),
+        click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none."),
+        click.option("--only", type=int, metavar="INDEX", help="Run this one alone, as in a Slurm array."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -221,9 +233,7 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
 @click.option(
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each rung, from `seed` on."
 )
-@click.option("--only", type=int, metavar="INDEX", help="Run this one of the study alone, as in a Slurm array.")
-@click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none.")
-@click.option("--background", "is_background", is_flag=True, help="Go on without this terminal.")
+@_study_options
 def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
     """Train every rung of the recipe's `ladder` over several seeds, and print what each adds, with paired intervals.
 
@@ -241,9 +251,7 @@ def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
 @click.option(
     "--tolerance", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of the metric to give up."
 )
-@click.option("--only", type=int, metavar="INDEX", help="Run this one of the study alone, as in a Slurm array.")
-@click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none.")
-@click.option("--background", "is_background", is_flag=True, help="Go on without this terminal.")
+@_study_options
 def backtest(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
     """Train RECIPE up to several moments and test each model on all that came after: how it falls with its age.
 

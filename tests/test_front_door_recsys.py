@@ -111,6 +111,12 @@ def test_items_that_come_after_the_training_are_recommended_by_their_content(sho
     again = dist_train(["add-items", "runs/first", "fresh.csv", "--output", "with-fresh"], shop)
     assert again.returncode == 2
     assert "is there already" in again.stderr
+    settings = shop / "with-fresh" / "recipe.yaml"
+    settings.write_text(settings.read_text().replace("items: hybrid", "items: id"))
+    by_ids = dist_train(["add-items", "with-fresh", "fresh.csv", "--output", "by-ids"], shop)
+    assert by_ids.returncode == 2
+    assert "by their ids alone" in by_ids.stderr
+    assert not (shop / "by-ids").exists()
 
 
 def test_a_backtest_trains_up_to_several_moments_and_types_again_what_is_kept(shop: Path) -> None:

@@ -197,11 +197,18 @@ def _gain(measured: Mapping[str, Any], score: Score) -> list[str]:
     if len(measured["test"]["comparison"]) < 2 or score.metric not in differences:
         return []
     entry = differences[score.metric]
-    shown = "is shown" if entry["value"] is not None and entry["low"] * entry["high"] > 0 else "is not shown"
+    verb = _verb(entry, score.sign(score.metric))
     return [
-        f"Gain over the best baseline on the validation split, {best}: {score.metric} "
-        f"{show_interval(entry, signed=True)} on the test split; a difference {shown}."
+        f"Against the best baseline on the validation split, {best}, the model {verb} it on the test split: "
+        f"{score.metric} {show_interval(entry, signed=True)}."
     ]
+
+
+def _verb(entry: Mapping[str, Any], sign: float) -> str:
+    ends = [sign * entry[end] for end in ("low", "high") if entry[end] is not None]
+    if ends and min(ends) > 0:
+        return "beats"
+    return "is WORSE than" if ends and max(ends) < 0 else "is not shown to differ from"
 
 
 def _verdicts(measured: Mapping[str, Any], score: Score) -> list[str]:
@@ -210,13 +217,7 @@ def _verdicts(measured: Mapping[str, Any], score: Score) -> list[str]:
     for name, differences in measured["comparison"].items():
         for metric, entry in differences.items():
             model, other = (measured["metrics"][each][metric]["value"] for each in ("model", name))
-            ends = [score.sign(metric) * entry[end] for end in ("low", "high") if entry[end] is not None]
-            if ends and min(ends) > 0:
-                verb = "beats"
-            elif ends and max(ends) < 0:
-                verb = "is WORSE than"
-            else:
-                verb = "is not shown to differ from"
+            verb = _verb(entry, score.sign(metric))
             shown = ["not defined" if value is None else f"{value:.4f}" for value in (model, other)]
             sentences.append(
                 f"The model {verb} the {name} baseline ({score.about_baselines[name]}) on {metric}: {shown[0]} against "

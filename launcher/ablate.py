@@ -55,10 +55,10 @@ def ablate(recipe: str, settings: list[str], seeds: int, only: int | None, is_li
         print_list(study.members)
         return 0
     chosen = choose(study.members, only)
-    again = ["ablate", recipe, *settings, "--seeds", str(seeds)]
+    words = ["ablate", recipe, *settings, "--seeds", str(seeds)]
+    again = [*words, *(["--only", str(only)] if only is not None else [])]
     if is_background:
-        words = [*again, *(["--only", str(only)] if only is not None else [])]
-        run_in_background(study.folder, words, len(chosen))
+        run_in_background(study.folder, again, len(chosen))
         return 0
     failed = run_members(chosen, len(study.members), again)
     _report(study, failed)

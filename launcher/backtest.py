@@ -43,10 +43,10 @@ def backtest(
         print_list(members)
         return 0
     chosen = choose(members, only)
-    again = ["backtest", recipe_name, *settings, "--cuts", str(cuts), "--tolerance", str(tolerance)]
+    words = ["backtest", recipe_name, *settings, "--cuts", str(cuts), "--tolerance", str(tolerance)]
+    again = [*words, *(["--only", str(only)] if only is not None else [])]
     if is_background:
-        words = [*again, *(["--only", str(only)] if only is not None else [])]
-        run_in_background(folder, words, len(chosen))
+        run_in_background(folder, again, len(chosen))
         return 0
     failed = run_members(chosen, len(members), again)
     missing = [member.run.name for member in members if not member.is_done]
@@ -63,7 +63,10 @@ def backtest(
 def _report(folder: Path, module: Any, result: dict[str, Any]) -> None:
     image: str = module.figure(result)["image"]
     write_atomic(folder / "backtest.svg", base64.b64decode(image.partition(",")[2]).decode())
-    note = "Test split; 95 % intervals over bootstrap samples of users, paired where two models are compared."
+    note = (
+        "Test split; 95 % intervals over bootstrap samples of users, given one training of each model, paired where "
+        "two are compared."
+    )
     write_table(
         folder, "backtest", module.table_rows(result), module.sentences(result), note, result, picture="backtest.svg"
     )

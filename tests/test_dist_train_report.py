@@ -86,6 +86,7 @@ def test_the_gain_is_over_the_baseline_that_is_best_on_validation_whatever_the_t
     score = Score("mae", _measure, ("mae",), frozenset({"mae"}))
     assert best_baseline(measured["validation"]["metrics"], score) == "strong"
     (sentence,) = _gain(measured, score)
-    assert "validation split, strong: mae -0.2000 [-0.3000, -0.1000]" in sentence
+    assert "validation split, strong, the model beats it" in sentence
+    assert "mae -0.2000 [-0.3000, -0.1000]" in sentence
     alone = {**measured, "test": {"metrics": {}, "comparison": {"strong": difference}}}
     assert _gain(alone, score) == [], "one baseline has its own sentence already"

@@ -59,7 +59,8 @@ def test_a_fall_is_measured_on_the_same_rows_and_not_between_easy_and_hard_perio
     assert result["retrain_every_periods"] == 1
     told = sentences(result)
     assert "7 days older is worse" in told[0]
-    assert told[-1].startswith("Training anew every 7 days loses +0.0000")
+    assert told[-2].startswith("Training anew every 7 days loses +0.0000 [")
+    assert told[-1].startswith("Age 0 begins 0.0 days after")
 
 
 def test_a_model_that_does_not_age_need_not_be_trained_anew() -> None:
@@ -68,7 +69,7 @@ def test_a_model_that_does_not_age_need_not_be_trained_anew() -> None:
     result = compare_ages([_cut(0), _cut(1)], tables, SCORE, 50, 0.02)
     assert result["retrain_every_periods"] == 2
     assert "not shown to be worse" in sentences(result)[0]
-    assert "14 days, the longest that was looked at, loses" in sentences(result)[-1]
+    assert "14 days, the longest that was looked at, loses" in sentences(result)[-2]
 
 
 def test_runs_over_other_rows_are_not_compared() -> None:

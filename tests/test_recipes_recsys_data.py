@@ -254,3 +254,47 @@ def test_leave_one_out_is_said_to_be_a_legacy_protocol(here: Path) -> None:
 def test_content_without_a_column_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.items is hybrid, but no column of the item table is named"):
         config_io.load("recsys", ["data.path=events.csv"], site=False)
+
+
+@pytest.mark.parametrize("key", ["types", "weight_column", "validation_from", "test_until", "available_from_column"])
+def test_a_key_that_sessions_have_no_use_for_is_refused(key: str) -> None:
+    value = "[a]" if key == "types" else "a"
+    more = ["data.type_column=b"] if key == "types" else []
+    with pytest.raises(ConfigError, match=f"data.{key} is .*set it to null"):
+        config_io.load("recsys", [*SETTINGS, "data.kind=sessions", f"data.{key}={value}", *more], site=False)
+
+
+def test_a_log_none_of_whose_items_is_in_the_table_is_said_so(here: Path) -> None:
+    rows = _rows("events.csv")
+    _rewrite("events.csv", [rows[0], *([user, f"0{item}", time] for user, item, time in rows[1:])])
+    with pytest.raises(DataError, match=r"no event is left.*leading zeros"):
+        _prepare("data.unknown_items=drop")
+
+
+def test_dates_without_hyphens_are_no_seconds(here: Path) -> None:
+    rows = _rows("events.csv")
+    _rewrite("events.csv", [rows[0], *([user, item, "20240131"] for user, item, _ in rows[1:])])
+    with pytest.raises(DataError, match="20240131, a date without hyphens"):
+        _prepare()
+
+
+def test_a_sequence_without_items_is_left_out_and_counted(here: Path) -> None:
+    lines = [f"u{user},item{user} item{user + 1} item{user + 2} item{user + 3}" for user in range(30)]
+    (here / "sequences.csv").write_text("\n".join(["user_id,items", lines[0], "empty,", *lines[1:], "last,"]) + "\n")
+    folder = _prepare("data.path=sequences.csv", "data.kind=sequences", "data.split=leave_one_out")
+    facts = load_facts(folder)
+    assert facts["notes"]["rows_without_items"] == 2
+    assert facts["splits"]["test"]["rows"] == 30
+
+
+def test_a_long_first_row_of_sessions_has_no_more_targets_than_are_read(here: Path) -> None:
+    history = " ".join(f"item{number % 50}" for number in range(40))
+    rows = [(f"u{user}", history, "item7") for user in range(20)]
+    write_rows(here / "sessions.csv", ("user_id", "history", "target"), rows)  # type: ignore[arg-type]
+    words = ["data.path=sessions.csv", "data.kind=sessions", "data.max_history=8"]
+    folder = _prepare(*words)
+    config: Any = config_io.load("recsys", [*SETTINGS, *words], site=False).config
+    task = load_recipe("recsys").make_task(config, folder)
+    (row,) = task.rows("train").take(np.array([0]))
+    assert len(row.items) == len(row.targets) == 8
+    assert row.before.tolist() == list(range(1, 9))

@@ -14,7 +14,7 @@ from dist_train.config_io import load
 from dist_train.errors import ConfigError
 from dist_train.model_folder import load_model_folder
 from dist_train.prepared import load_facts, write_split
-from dist_train.rundir import MODEL_RECORD, read_json, write_json
+from dist_train.rundir import MODEL_RECORD, read_json, unwritable, write_json
 from recipes.recsys.config import Config
 from recipes.recsys.content import ContentModel
 from recipes.recsys.data import items_table
@@ -45,20 +45,36 @@ def add_items(folder: Path, file: str, output: Path, say: Callable[[str], None])
     place = np.empty(len(table), dtype=np.int64)
     place[changed] = [codes[table.names[index]] for index in changed]
     place[is_new] = known.num_rows + np.arange(int(is_new.sum()))
-    shutil.copytree(folder, output)
-    _write_content(folder, output, table, place, known.num_rows)
-    _write_items(output, known, table, place)
     total = known.num_rows + int(is_new.sum())
-    added = int(facts.get("added_items", 0)) + int(is_new.sum())
-    write_json(output / "facts.json", {**facts, "items": total, "added_items": added})
-    loaded = load_model_folder(output)
-    version = write_embeddings(cast(Recommender, loaded.model), stored_items(output), output)
-    record = read_json(output / MODEL_RECORD)
-    write_json(output / MODEL_RECORD, {**record, "added_items": added, "embeddings_version": version})
+    facts["added_items"] = int(facts.get("added_items", 0)) + int(is_new.sum())
+    facts["items"] = total
+    if table.available_from is not None:
+        # Who asks without a time asks when the newest of them is there.
+        facts["log_ends"] = max(facts["log_ends"], int(table.available_from.max()))
+    unfinished = output.with_name(f".tmp-{output.name}")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(folder, unfinished)
+        _write_content(folder, unfinished, table, place, known.num_rows)
+        _write_items(unfinished, known, table, place)
+        write_json(unfinished / "facts.json", facts)
+        _write_vectors(unfinished, facts["added_items"])
+        # Whole, or not there.
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise unwritable(output, error, "--output") from error
     empty = int(table.without_content().sum())
     say(f"items          {int(is_new.sum()):,} added, {len(changed):,} with new content; {total:,} in the catalogue")
     if empty:
         say(f"warning        {empty:,} of the file have no content: the model cannot tell them from each other")
+
+
+def _write_vectors(folder: Path, added: int) -> None:
+    """Load it back, and export the vectors of all items."""
+    version = write_embeddings(cast(Recommender, load_model_folder(folder).model), stored_items(folder), folder)
+    record = read_json(folder / MODEL_RECORD)
+    write_json(folder / MODEL_RECORD, {**record, "added_items": added, "embeddings_version": version})
 
 
 def _write_content(folder: Path, output: Path, table: ItemTable, place: np.ndarray, before: int) -> None:

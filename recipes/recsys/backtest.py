@@ -65,7 +65,7 @@ def make_cuts(prepared: Path, config: Config, count: int) -> list[Cut]:
     return [
         Cut(
             f"to-{_stamp(moment)}",
-            f"trained for {shown(moment)} and after",
+            f"training until {shown(moment - length)}, asked from {shown(moment)} on",
             moment - length,
             moment,
             (
@@ -118,6 +118,7 @@ def compare_ages(
     kept = [age["age"] + 1 for age in ages if shapes[f"mean_fall/{age['age']}"][0] <= tolerance * np.mean(fresh)]
     return {
         "period_days": header_of(first).period_days,
+        "validation_days": (cuts[0].test_from - cuts[0].validation_from) / DAY_MS,
         "cuts": [cut.title for cut in cuts],
         "ages": ages,
         "ndcg_by_model_and_period": by_period,
@@ -138,12 +139,15 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             f"[{fall['low']:+.4f}, {fall['high']:+.4f}] on the same {entry['rows']:,} rows."
         )
     every = result["retrain_every_periods"]
-    lost = ages[every - 1]["mean_fall"]["value"]
+    lost = ages[every - 1]["mean_fall"]
     longest = "" if every < len(ages) else ", the longest that was looked at,"
     lines.append(
-        f"Training anew every {every * days:g} days{longest} loses {lost:+.4f} NDCG on average against every "
-        f"{days:g} days: the longest interval that loses at most {result['tolerance']:.0%}."
+        f"Training anew every {every * days:g} days{longest} loses {lost['value']:+.4f} "
+        f"[{lost['low']:+.4f}, {lost['high']:+.4f}] NDCG on average against every {days:g} days: the longest interval "
+        f"that loses at most {100 * result['tolerance']:g} %."
     )
+    length = result["validation_days"]
+    lines.append(f"Age 0 begins {length:.1f} days after the end of the training, where the validation split ends.")
     return lines
 
 
@@ -182,7 +186,8 @@ def _of_ages(fresh: np.ndarray, aged: Mapping[int, np.ndarray], weights: np.ndar
     falls: list[float] = []
     for age, values in aged.items():
         known = np.isfinite(values)
-        total = max(weights[known].sum(), 1e-12)
+        # A draw without such rows says nothing of them.
+        total = weights[known].sum() or np.nan
         result[f"ndcg/{age}"] = float(weights[known] @ values[known] / total)
         falls.append(float(weights[known] @ (fresh - values)[known] / total))
         result[f"fall/{age}"] = falls[-1]

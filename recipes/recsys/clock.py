@@ -34,6 +34,9 @@ class Clock:
         if self._unit is None and (units >= 0).any():
             first = int(np.argmax(units >= 0))
             self._unit, self._first = int(units[first]), where[first]
+        if len(texts) and all(map(_is_date, texts)):
+            # As seconds they would be hours of 1970.
+            problems.add(where[0], f"{self._column} is {texts[0]}, a date without hyphens: write it as 2025-03-31")
         for index in np.flatnonzero((units != self._unit) | ~np.isfinite(numbers)).tolist():
             problems.add(where[index], self._wrong(texts[index], int(units[index])))
         factor = _UNITS[self._unit or 0][1]
@@ -92,6 +95,20 @@ def read_moment(text: str, key: str) -> int:
 def shown(moment: int) -> str:
     """A time for the user."""
     return datetime.fromtimestamp(moment / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S").removesuffix(" 00:00:00")
+
+
+def _is_date(text: str | None) -> bool:
+    """Whether it is a date of this time in eight digits."""
+    digits = (text or "").strip()
+    return len(digits) == 8 and digits.isdigit() and "1970" <= digits[:4] < "2100" and _parses(digits)
+
+
+def _parses(digits: str) -> bool:
+    try:
+        datetime.strptime(digits, "%Y%m%d")
+    except ValueError:
+        return False
+    return True
 
 
 def _iso(text: str) -> int:

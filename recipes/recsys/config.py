@@ -137,6 +137,19 @@ class DataConfig(CachedData):
                 f"data.session_gap_s is {self.session_gap_s}, but data.kind is {self.kind}, whose rows are sessions "
                 "already: set it to null"
             )
+        by_time = self.kind == "events" and self.split == "time"
+        for key in ("validation_from", "test_from", "test_until", "content_time_column"):
+            if getattr(self, key) is not None and not by_time:
+                raise ValueError(
+                    f"data.{key} is {getattr(self, key)}, but data.kind is {self.kind} and data.split {self.split}: "
+                    "it needs events that are split by time; set it to null"
+                )
+        for key in ("types", "weight_column", "available_from_column", "available_until_column"):
+            if getattr(self, key) is not None and self.kind != "events":
+                raise ValueError(
+                    f"data.{key} is {getattr(self, key)}, but data.kind is {self.kind}, which have no times and no "
+                    "types or weights of events; set it to null"
+                )
         if self.half_life_days is not None and (self.kind != "events" or self.split != "time"):
             raise ValueError(
                 f"data.half_life_days is {self.half_life_days:g}, but data.kind is {self.kind} and data.split "

@@ -24,7 +24,7 @@ from recipes.recsys.log import Log, read_log
 from recipes.recsys.sessions import BEGIN, FIRST, SPLITS, STOP, Sessions, Split, make_sessions, ranges, split_sessions
 
 # Changes whenever the same source would be prepared differently.
-VERSION = 1
+VERSION = 2
 _TITLE_CHARACTERS = 120
 # Of an event of long ago: more than nothing, so that a row of such events has its share of the loss.
 _LEAST_WEIGHT = 1e-6

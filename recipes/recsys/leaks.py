@@ -54,7 +54,8 @@ def check_content(table: ItemTable, counts: np.ndarray, later: np.ndarray, split
                 "of the id. Take it out of data.text_columns."
             )
     if table.written is not None and split.cuts is not None:
-        late = np.flatnonzero(table.written >= split.cuts[0])
+        # An item that nobody has taken by then may well be newer.
+        late = np.flatnonzero((table.written >= split.cuts[0]) & (counts > 0))
         if len(late):
             names = ", ".join(repr(table.names[index]) for index in late[:20])
             raise DataError(
@@ -111,7 +112,7 @@ def _row_key(sessions: Sessions, row: np.ndarray) -> bytes:
 def _repeats(sessions: Sessions, rows: np.ndarray) -> int:
     """Targets that stand in their own history: their item came in the session before the row's targets."""
     begins = np.unique(rows[:, BEGIN])
-    session, event = ranges(begins, sessions.starts[np.searchsorted(sessions.starts, begins) + 1])
+    session, event = ranges(begins, sessions.starts[np.searchsorted(sessions.starts, begins, side="right")])
     key = session * (int(sessions.items.max()) + 1) + sessions.items[event]
     _, first, which = np.unique(key, return_index=True, return_inverse=True)
     came_first = np.empty(len(sessions.items), dtype=np.int64)

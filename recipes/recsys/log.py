@@ -111,6 +111,8 @@ def _read_events(data: DataConfig, table: Sequence[str] | None, say: Any) -> Log
     problems.check(unknown.advice)
     if not parts[0]:
         raise DataError(f"no event is of the types {data.types} (data.types, in the column {data.type_column}).")
+    if not any(len(part) for part in parts[1]):
+        raise unknown.none_left()
     joined = [np.concatenate(part) if part else None for part in parts]
     assert joined[0] is not None
     assert joined[1] is not None
@@ -133,7 +135,7 @@ def _read_rows(data: DataConfig, table: Sequence[str] | None) -> Log:
     owners: list[np.ndarray] = []
     sizes: list[int] = []
     tests: list[bool] = []
-    notes = {"rows_whose_target_is_unknown": 0}
+    notes = {"rows_whose_target_is_unknown": 0, "rows_without_items": 0}
     for paths, key, is_test in ((data.path, "data.path", False), (data.test_path, "data.test_path", True)):
         if paths is None:
             continue
@@ -152,11 +154,16 @@ def _read_rows(data: DataConfig, table: Sequence[str] | None) -> Log:
                 if is_session and not keep[-1:].all():
                     notes["rows_whose_target_is_unknown"] += 1
                     continue
+                if not keep.any():
+                    notes["rows_without_items"] += 1
+                    continue
                 flat.append(codes[keep])
                 sizes.append(int(keep.sum()))
                 owners.append(owner[index : index + 1])
                 tests.append(is_test)
     problems.check(unknown.advice)
+    if not flat:
+        raise unknown.none_left()
     if unknown.dropped:
         notes["items_unknown"] = unknown.dropped
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -190,6 +197,12 @@ class _Unknown:
         self.advice = "Mend these rows, or leave them out."
         if table_size is not None:
             self.advice += " data.unknown_items=drop leaves out events whose item is not in the item table."
+
+    def none_left(self) -> DataError:
+        return DataError(
+            f"no event is left: {self.dropped:,} are of items that are not in the item table, by {self._column}. Are "
+            "the ids written alike in both, leading zeros too?"
+        )
 
     def kept(self, codes: np.ndarray, rows: Sequence[Any], where: Any, problems: Problems) -> np.ndarray:
         if self.table_size is None:

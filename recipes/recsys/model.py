@@ -159,6 +159,9 @@ class Recommender(nn.Module):
         # A row of weight 0 is selected away: NaN * 0 would be NaN.
         return torch.where(weight > 0, losses * weight * batch["share"], torch.zeros_like(losses)).sum()
 
+    def _is_trained(self) -> Tensor:
+        return torch.arange(self.items, device=self.start.device) < self.catalogue.trained
+
     def _draw(self, device: torch.device) -> Tensor:
         """Items by their shares, with replacement: the inverse of the cumulative shares."""
         assert self.log_shares is not None
@@ -170,11 +173,14 @@ class Recommender(nn.Module):
         table = self.vectors()
         excluded = batch["seen"] if self.mask_seen else batch["seen"][:, :0]
         parts: list[Ranked] = []
+        # Without content an item that was not trained on has no vector, and its score of 0 would mean nothing.
+        known = None if self.catalogue.has_content else self._is_trained()
         for rows in torch.arange(len(queries), device=queries.device).split(rank_rows(self.items)):
-            candidates = None
+            candidates = None if known is None else known.expand(len(rows), -1)
             if self.available_from is not None and self.available_until is not None:
                 moment = batch["moment"][rows, None]
-                candidates = (self.available_from[1:] <= moment) & (moment < self.available_until[1:])
+                there = (self.available_from[1:] <= moment) & (moment < self.available_until[1:])
+                candidates = there if candidates is None else candidates & there
             scores = queries[rows] @ table.T
             parts.append(rank(scores, batch["asked"][rows], excluded[rows], self.k, candidates))
         above, tied, best, best_scores = (torch.cat(part) for part in zip(*parts, strict=True))

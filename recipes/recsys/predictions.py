@@ -93,7 +93,7 @@ def ragged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def known_users(stored: StoredSessions) -> np.ndarray:
-    """[users] bool: those with events in the training."""
+    """[users] bool: those with a target in the training."""
     known = np.zeros(stored.facts["users"], dtype=bool)
     known[stored.rows("train")[:, USER]] = True
     return known

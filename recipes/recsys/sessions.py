@@ -216,7 +216,9 @@ def _by_row(sessions: Sessions, log: Log, data: DataConfig) -> Split:
             # What the first row of a user tells of its history is told by no other row.
             seen_before = np.ones(len(chosen), dtype=bool)
             seen_before[np.unique(sessions.users[chosen], return_index=True)[1]] = False
-            first = np.where(seen_before, first, np.minimum(begins[chosen] + data.min_history, first))
+            # No more than are read, or a target's own history would be cut away.
+            earliest = np.maximum(begins[chosen] + data.min_history, stops[chosen] - data.max_history)
+            first = np.where(seen_before, first, np.minimum(earliest, first))
         rows[name] = _rows(begins[chosen], first, stops[chosen], sessions.users[chosen])
     return Split(rows, method, trained, None, notes)
 
@@ -224,7 +226,7 @@ def _by_row(sessions: Sessions, log: Log, data: DataConfig) -> Split:
 def _training_rows(sessions: Sessions, trained: np.ndarray, data: DataConfig) -> np.ndarray:
     """The training events of each session are its first ones. A long session makes several rows, each with half of
     its events read before as context."""
-    counts = np.add.reduceat(trained, sessions.starts[:-1]) if len(trained) else np.zeros(0, dtype=np.int64)
+    counts = np.diff(np.append(0, np.cumsum(trained))[sessions.starts])
     longest, stride = data.max_history, max(1, data.max_history // 2)
     begins, ends = sessions.starts[:-1], sessions.starts[:-1] + counts
     firsts, users, room = begins + data.min_history, sessions.users, longest

@@ -157,10 +157,10 @@ class RecommendationTask:
             codes = np.array([self._codes.get(name, 0) for name in names], dtype=np.int64)
             times = self._times(record, len(names))
             known = codes > 0  # an item that is in no table is read over
-            gaps = gap_buckets(times[known]) if times is not None else np.zeros(int(known.sum()), dtype=np.int64)
             codes = codes[known]
             moment = self._moment(record, times)
             last = self.facts["longest"]
+            gaps = np.zeros(len(codes), dtype=np.int64) if times is None else gap_buckets(times[known][-last:])
             no_shares = np.zeros(0, dtype=np.float32)
             examples.append(Example(codes[-last:], gaps[-last:], _NONE, no_shares, seen=codes, moment=moment))
         return ListedRows(examples, np.array([len(example.items) + 1 for example in examples], dtype=np.int64))

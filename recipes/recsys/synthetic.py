@@ -14,6 +14,7 @@ _WORDS_A_TITLE = 8
 _OTHER_WORDS = 400
 _PRICES = (2.0, 0.5)
 _FAMILIES = 4
+_AT_ONCE = 100_000
 # Items that have not appeared yet are drawn anew, so often.
 _TRIES = 8
 # Of one user, where two and a half are the mean: with many users one would have most of the log.
@@ -34,11 +35,15 @@ def items(config: SyntheticConfig) -> dict[str, list[str]]:
     kind = generator.integers(6, size=config.items)
     other = generator.integers(_OTHER_WORDS, size=shape)
     price = generator.lognormal(_PRICES[0] + 0.1 * (world.topic % 5), _PRICES[1])
-    titles = []
-    for index, (topic, family) in enumerate(zip(world.topic.tolist(), world.family.tolist(), strict=True)):
-        own = (f"kind{topic}x{kind[index]}", f"line{topic}x{family}")
-        words = zip(tells[index].tolist(), is_line[index].tolist(), other[index].tolist(), strict=True)
-        titles.append(" ".join(own[line] if tell else f"word{word}" for tell, line, word in words))
+    titles: list[str] = []
+    for start in range(0, config.items, _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        columns = (world.topic, world.family, kind, tells, is_line, other)
+        for topic, family, its_kind, *words in zip(*(column[part].tolist() for column in columns), strict=True):
+            own = (f"kind{topic}x{its_kind}", f"line{topic}x{family}")
+            titles.append(
+                " ".join(own[line] if tell else f"word{word}" for tell, line, word in zip(*words, strict=True))
+            )
     return {
         "item_id": item_names(config),
         "title": titles,

@@ -186,6 +186,10 @@ class ModelConfig(Section):
     """Dropout probability in training."""
     input_scale: Annotated[float, Field(gt=0.0)] = 4.0
     """Item vectors are multiplied by this where the session is read: how much they weigh beside positions and gaps."""
+    content_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    """The numbers of an item's content are multiplied by this. Each is of a size of about 1, and a step of the
+    optimizer moves an item's vector by about all of them together: less than 1 learns content more slowly than ids,
+    for logs that are large enough to learn ids from."""
     id_dropout: Share = 0.2
     """Probability that an item's own vector is left out in a training step: its content alone must do then (hybrid)."""
 

@@ -33,10 +33,11 @@ class Catalogue(nn.Module):
         category_sizes: Sequence[int],
         has_ids: bool,
         id_dropout: float,
+        content_scale: float,
     ) -> None:
         """numbers [n + 1, features] float, categories [n + 1, columns] int: the content, row 0 of no item."""
         super().__init__()
-        self.trained, self.id_dropout = trained, id_dropout
+        self.trained, self.id_dropout, self.content_scale = trained, id_dropout, content_scale
         self.own = nn.Embedding(trained + 1, width) if has_ids else None
         self.content = nn.Linear(numbers.shape[1], width) if numbers is not None and numbers.shape[1] else None
         self.category = nn.ModuleList(nn.Embedding(size, width) for size in category_sizes)
@@ -46,7 +47,7 @@ class Catalogue(nn.Module):
         for table in (*self.category, *([self.own] if self.own is not None else [])):
             nn.init.normal_(table.weight, std=0.02)
         if self.content is not None:
-            nn.init.normal_(self.content.weight, std=0.02)
+            nn.init.normal_(self.content.weight, std=0.02 / self.content_scale)
             nn.init.zeros_(self.content.bias)
 
     @property
@@ -70,7 +71,7 @@ class Catalogue(nn.Module):
             parts.append(self.own(known) * has_own[..., None])
         content = []
         if self.content is not None:
-            content.append(self.content(self.numbers[items]))
+            content.append(self.content(self.numbers[items] * self.content_scale))
         content += [table(self.categories[items, column].long()) for column, table in enumerate(self.category)]
         if content:
             parts.append(sum(content[1:], content[0]) * (items > 0)[..., None])

@@ -80,6 +80,7 @@ class RecommendationTask:
             facts["category_sizes"] if model.items != "id" else [],
             model.items != "content",
             model.id_dropout,
+            model.content_scale,
         )
         available = None
         if facts["has_availability"]:

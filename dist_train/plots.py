@@ -99,14 +99,19 @@ def make_grid(rows: int, columns: int, width: float, height: float) -> tuple[Any
 
 def picture(figure: Any, title: str, caption: str) -> dict[str, str]:
     """The figure as what a report shows: title, caption, and the image as a data address."""
+    encoded = base64.b64encode(svg(figure)).decode()
+    return {"title": title, "caption": caption, "image": f"data:image/svg+xml;base64,{encoded}"}
+
+
+def svg(figure: Any) -> bytes:
+    """The figure as a file."""
     import matplotlib
 
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dist-train", "font.family": "sans-serif"}):
         # No date: the same run gives the same report.
         figure.savefig(stream, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    return {"title": title, "caption": caption, "image": f"data:image/svg+xml;base64,{encoded}"}
+    return stream.getvalue()
 
 
 def plain(label: str) -> str:

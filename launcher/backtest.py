@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,7 @@ def backtest(
 
 
 def _report(folder: Path, module: Any, result: dict[str, Any]) -> None:
-    image: str = module.figure(result)["image"]
-    write_atomic(folder / "backtest.svg", base64.b64decode(image.partition(",")[2]).decode())
+    write_atomic(folder / "backtest.svg", module.figure(result).decode())
     note = (
         "Test split; 95 % intervals over bootstrap samples of users, given one training of each model, paired where "
         "two are compared."

@@ -16,7 +16,9 @@ from rich.table import Table
 from dist_train import config_io
 from dist_train.config import RunConfig
 from dist_train.errors import BusyError, ConfigError, Preempted, ToolkitError
+from dist_train.recipe import load_recipe
 from dist_train.rundir import RunDir, write_atomic, write_json
+from dist_train.start_run import same_data
 from launcher import start
 from launcher.process import start_detached
 from launcher.summary import open_console
@@ -137,9 +139,19 @@ def _bring_to_its_end(member: Member) -> None:
             f"run. To see them: dist-train recipes --keys {member.recipe}, and {run.config}."
         )
     if run.report_json.is_file():
+        _check_its_data(member)
         print(f"kept           {run.path}", flush=True)
         return
     start.resume(str(run.path), [], [])
+
+
+def _check_its_data(member: Member) -> None:
+    """ConfigError where the files behind its paths are others now: what is measured on both cannot be compared."""
+    config = config_io.load(member.recipe, member.words).config
+    try:
+        same_data(member.run, config, load_recipe(config.recipe), [])
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nA study of the data as it is now: give it another name=...") from error
 
 
 def _without_pins(known: RunConfig, wanted: str) -> str:

@@ -99,6 +99,14 @@ def test_what_is_wrong_is_said_before_anything_runs(place: Path) -> None:
     assert [line.split()[1] for line in listed.stdout.splitlines()] == RUNS
 
 
+def test_finished_runs_are_not_kept_for_files_that_have_changed(place: Path) -> None:
+    write_tickets(place / "tickets.csv", 401)
+    refused = dist_train([*STUDY, "--seeds", "2", "--only", "0"], place)
+    assert refused.returncode == 2
+    assert "the data has changed since" in refused.stderr
+    assert "another name=..." in refused.stderr
+
+
 def test_a_study_in_the_background_outlives_its_command_and_can_be_stopped(place: Path) -> None:
     words = [word for word in STUDY if not word.startswith("name=")] + ["name=behind", "train.steps=4000"]
     done = dist_train([*words, "--seeds", "1", "--background"], place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from recipes.recsys.config import Config
 from recipes.recsys.content import ContentModel
 from recipes.recsys.data import items_table
 from recipes.recsys.embeddings import write_embeddings
-from recipes.recsys.item_table import ItemTable, read_items
+from recipes.recsys.item_table import NEVER, ItemTable, read_items
 from recipes.recsys.model import Recommender
 from recipes.recsys.stored import read_content
 from recipes.recsys.stored import read_items as stored_items
@@ -90,24 +90,14 @@ def _write_content(folder: Path, output: Path, table: ItemTable, place: np.ndarr
 
 def _write_items(output: Path, known: pa.Table, table: ItemTable, place: np.ndarray) -> None:
     """What is known of the items: that of the file where it has them; how often they were trained on stays."""
-    order = np.argsort(place)
-    chosen, place = table.take(order), place[order]
-    is_new = place >= known.num_rows
-    counts, appears = np.zeros(len(place), dtype=np.int64), np.full(len(place), np.iinfo(np.int64).max)
-    old = pa.array(place[~is_new])
-    counts[~is_new] = known["count"].take(old).to_numpy()
-    appears[~is_new] = known["appears"].take(old).to_numpy()
-    if chosen.available_from is not None:
-        appears[is_new] = chosen.available_from[is_new]
-    own = items_table(chosen, counts, appears)
-    columns: dict[str, Any] = {}
-    for name in known.column_names:
-        values = np.concatenate([_values(known[name]), _values(own[name])[is_new]])
-        values[place[~is_new]] = _values(own[name])[~is_new]
-        columns[name] = pa.array(values, known.schema.field(name).type)
-    write_split(output, "items", pa.table(columns))
-
-
-def _values(column: Any) -> np.ndarray:
-    values: np.ndarray = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
-    return values
+    is_old = place < known.num_rows
+    counts, appears = np.zeros(len(place), dtype=np.int64), np.full(len(place), NEVER)
+    if table.available_from is not None:
+        appears = table.available_from.copy()
+    old = known.take(pa.array(place[is_old]))
+    counts[is_old], appears[is_old] = old["count"].to_numpy(), old["appears"].to_numpy()
+    own = items_table(table, counts, appears)
+    # Of each item the line to keep: its old one, or that of the file.
+    lines = np.arange(max(known.num_rows, int(place.max()) + 1))
+    lines[place] = known.num_rows + np.arange(len(place))
+    write_split(output, "items", pa.concat_tables([known, own.cast(known.schema)]).take(pa.array(lines)))

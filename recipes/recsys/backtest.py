@@ -162,8 +162,9 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def figure(result: Mapping[str, Any]) -> dict[str, str]:
-    """NDCG of each model over the periods, and how far it falls below a fresh one by age."""
+def figure(result: Mapping[str, Any]) -> bytes:
+    """SVG. Left NDCG of each model over the periods after it; right how far one falls below a fresh one by age, paired,
+    on the same rows."""
     drawn, (left, right) = plots.make_axes(2, 9.6, 3.2)
     for title, values in zip(result["cuts"], result["ndcg_by_model_and_period"], strict=True):
         points = [(place, value) for place, value in enumerate(values) if value is not None]
@@ -176,9 +177,7 @@ def figure(result: Mapping[str, Any]) -> dict[str, str]:
         right.plot(days, fall["value"], "o", color=plots.COLOURS[0], markersize=4)
     right.axhline(0, color="0.7", linewidth=1)
     right.set(xlabel="age of the model in days", ylabel="NDCG below a fresh model")
-    return plots.picture(
-        drawn, "Ageing", "Left: each model over the periods after it. Right: paired, on the same rows."
-    )
+    return plots.svg(drawn)
 
 
 def _of_ages(fresh: np.ndarray, aged: Mapping[int, np.ndarray], weights: np.ndarray) -> dict[str, float]:

@@ -19,6 +19,7 @@ from dist_train.baselines import SPLITS, Tables
 from recipes.recsys.config import Config
 from recipes.recsys.measures import ndcg, ranks_of
 from recipes.recsys.predictions import make_table
+from recipes.recsys.rules import HISTORY, count_rules, strongest
 from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER, ranges
 from recipes.recsys.stored import StoredSessions, read_items
 
@@ -37,7 +38,6 @@ _SHRINKS = (1.0, 10.0)
 _RIDGES = (50.0, 250.0, 1000.0)
 # Above so many items one setting of EASE alone: each takes a minute.
 _MOST_CHOSEN_EASE = 6_000
-_HISTORY = 20
 _NEIGHBOURS = 200
 _MOST_JUDGED = 5_000
 # What tells items apart that a baseline scores alike.
@@ -107,7 +107,7 @@ class _World:
 
     def histories(self, rows: np.ndarray, decay: float) -> sparse.csr_matrix:
         """[rows, items]: the last events of each session, the n-th from the end counting decay to the power of n."""
-        begins = np.maximum(rows[:, BEGIN], rows[:, FIRST] - _HISTORY)
+        begins = np.maximum(rows[:, BEGIN], rows[:, FIRST] - HISTORY)
         row, event = ranges(begins, rows[:, FIRST])
         distance = rows[row, FIRST] - event - 1
         item = np.asarray(self.stored.items[event]) - 1
@@ -123,15 +123,6 @@ class _World:
         taken = sparse.csr_matrix((np.ones(len(item)), (user, item)), shape=shape)
         taken.data[:] = 1
         return taken
-
-    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Item before, item after, distance: of each target of the training and the events before it."""
-        row, event = ranges(self.train[:, FIRST], self.train[:, STOP])
-        begin = self.train[row, BEGIN]
-        items = np.asarray(self.stored.items) - 1
-        for distance in range(1, _HISTORY + 1):
-            known = event - distance >= begin
-            yield items[event[known] - distance], items[event[known]], distance
 
     def recent(self, share: float) -> np.ndarray:
         """Training events of each item in the last part of the training: [items]."""
@@ -165,16 +156,13 @@ def _item_knn(world: _World) -> Iterator[Scorer]:
     row, column, value = both.row[off], both.col[off], both.data[off]
     for shrink in _SHRINKS:
         similar = value / np.sqrt((count[row] + shrink) * (count[column] + shrink))
-        matrix = _strongest(sparse.csr_matrix((similar, (row, column)), shape=both.shape), _NEIGHBOURS)
+        matrix = strongest(sparse.csr_matrix((similar, (row, column)), shape=both.shape), _NEIGHBOURS)
         for decay in _DECAYS:
             yield _linear(world, matrix, decay)
 
 
 def _rules(world: _World) -> Iterator[Scorer]:
-    shape = (world.items, world.items)
-    follows = sparse.csr_matrix(shape)
-    for before, after, distance in world.pairs():
-        follows = follows + sparse.csr_matrix((np.full(len(before), 1 / distance), (before, after)), shape=shape)
+    follows = count_rules(np.asarray(world.stored.items), world.train, world.items)
     for backward, norm in itertools.product(_BACKWARD, _NORMS):
         matrix = follows + backward * follows.T
         total = np.maximum(np.asarray(matrix.sum(1)).ravel(), 1e-9)
@@ -209,13 +197,3 @@ _MADE: dict[str, Callable[[_World], Iterator[Scorer]]] = {
     "rules": _rules,
     "ease": _ease,
 }
-
-
-def _strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
-    """The largest entries of each row."""
-    sizes = np.diff(matrix.indptr)
-    row = np.repeat(np.arange(matrix.shape[0]), sizes)
-    order = np.lexsort((-matrix.data, row))
-    place = np.arange(len(order)) - matrix.indptr[row]
-    keep = order[place < most]
-    return sparse.csr_matrix((matrix.data[keep], (row[keep], matrix.indices[keep])), shape=matrix.shape)

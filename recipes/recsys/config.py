@@ -192,6 +192,9 @@ class ModelConfig(Section):
     for logs that are large enough to learn ids from."""
     id_dropout: Share = 0.2
     """Probability that an item's own vector is left out in a training step: its content alone must do then (hybrid)."""
+    rules_share: Share = 0.0
+    """How much sequential rules (what followed what in the training) say of an item's probability; the network says the
+    rest. 0: it ranks alone. Their table has up to 100 items an item, and every rank holds it."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:

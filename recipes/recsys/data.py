@@ -21,6 +21,8 @@ from recipes.recsys.config import Config, DataConfig
 from recipes.recsys.content import ContentModel, fit_content
 from recipes.recsys.item_table import ALWAYS, NEVER, ItemTable, bare_table, read_item_table
 from recipes.recsys.log import Log, read_log
+from recipes.recsys.rules import VERSION as RULES_VERSION
+from recipes.recsys.rules import write_rules
 from recipes.recsys.sessions import BEGIN, FIRST, SPLITS, STOP, Sessions, Split, make_sessions, ranges, split_sessions
 
 # Changes whenever the same source would be prepared differently.
@@ -39,6 +41,8 @@ def describe(config: Config) -> dict[str, Any]:
     elsewhere = {"path", "test_path", "items_path", "events", "synthetic"}
     keys = data.model_dump(mode="json", exclude=elsewhere | set(CachedData.model_fields))
     described: dict[str, Any] = {"version": VERSION, "keys": keys}
+    if config.model.rules_share:
+        described["rules"] = RULES_VERSION
     if data.path == "synthetic":
         described["synthetic"] = [synthetic.VERSION, data.events, data.synthetic.model_dump()]
         return described
@@ -77,6 +81,8 @@ def build(config: Config, folder: Path, say: Say) -> dict[str, Any]:
     warnings += _warnings(log, split, table, data, found)
     appears = _appearances(events, sessions, split, table)
     _write(folder, events, sessions, split, log, table, counts, appears, content)
+    if config.model.rules_share:
+        write_rules(folder, events, split.rows["train"], trained)
     for warning in warnings:
         say(f"warning        {warning}")
     say(f"data           {split.method}; took {time.monotonic() - began:.1f} s")

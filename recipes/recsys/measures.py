@@ -1,5 +1,4 @@
-"""Ranking metrics from where the targets stood. Items that score the same count as if their order were drawn at random:
-every value is the expected one. Torch-free."""
+"""Ranking metrics from where targets stood, in expectation over the order of items that score alike. Torch-free."""
 
 from __future__ import annotations
 

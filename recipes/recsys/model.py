@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dist_train.task import Batch
 from recipes.recsys.encoders import build_encoder
 from recipes.recsys.losses import full_softmax, sampled_softmax
+from recipes.recsys.mixture import mix, rule_scores
 from recipes.recsys.ranking import Ranked, rank, rank_rows
 
 
@@ -86,6 +87,8 @@ class Recommender(nn.Module):
     appearance: Tensor | None
     available_from: Tensor | None
     available_until: Tensor | None
+    rules_after: Tensor | None
+    rules_value: Tensor | None
 
     def __init__(
         self,
@@ -99,12 +102,15 @@ class Recommender(nn.Module):
         negatives: int = 0,
         available: tuple[Tensor, Tensor] | None = None,
         appearance: Tensor | None = None,
+        rules: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """config: the recipe's `model` section. items: how many there are. longest: most events of a session.
 
         log_shares [trained]: under sampled softmax, the logarithm of each trained item's share of the targets, by which
         items are drawn; None: full softmax. available: from when and until when each item [items + 1] may be
         recommended, milliseconds since 1970. appearance [trained] int32: which trained item appeared first, second …
+        rules: what follows each trained item and how much it counts, both [trained + 1, most]; None: the network ranks
+        alone.
         """
         super().__init__()
         self.items, self.k, self.mask_seen, self.negatives = items, k, mask_seen, negatives
@@ -113,11 +119,13 @@ class Recommender(nn.Module):
         self.encoder = build_encoder(config, longest + 1)
         # How far logits reach is learnt; a power, so that it stays positive.
         self.log_scale = nn.Parameter(torch.zeros(1))
-        self.input_scale = config.input_scale
+        self.input_scale, self.rules_share = config.input_scale, config.rules_share
         self.register_buffer("log_shares", log_shares, persistent=False)
         self.register_buffer("appearance", appearance, persistent=False)
         self.register_buffer("available_from", available[0] if available else None, persistent=False)
         self.register_buffer("available_until", available[1] if available else None, persistent=False)
+        self.register_buffer("rules_after", rules[0] if rules else None, persistent=False)
+        self.register_buffer("rules_value", rules[1] if rules else None, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
         """batch: items [rows, events] int64, 0 behind a row's last event; gaps [rows, events + 1] int64.
@@ -138,7 +146,7 @@ class Recommender(nn.Module):
         return self._rank(last * self.log_scale.exp(), batch)
 
     def vectors(self) -> Tensor:
-        """Of every item: [items, width]. With a session's state their products are the scores."""
+        """Of every item: [items, width]. With a session's state their products are the network's scores."""
         return self.catalogue(torch.arange(1, self.items + 1, device=self.start.device))
 
     def _loss(self, states: Tensor, batch: Batch, kept: Tensor | None) -> Tensor:
@@ -183,6 +191,10 @@ class Recommender(nn.Module):
                 there = (self.available_from[1:] <= moment) & (moment < self.available_until[1:])
                 candidates = there if candidates is None else candidates & there
             scores = queries[rows] @ table.T
+            if self.rules_after is not None and self.rules_value is not None:
+                events, last = batch["items"][rows], batch["last"][rows]
+                rules = rule_scores(events, last, self.rules_after, self.rules_value, self.items)
+                scores = mix(scores, rules, self.rules_share, candidates)
             parts.append(rank(scores, batch["asked"][rows], excluded[rows], self.k, candidates))
         above, tied, best, best_scores = (torch.cat(part) for part in zip(*parts, strict=True))
         # As wide in every batch: rows of several batches stand in one array.

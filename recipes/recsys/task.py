@@ -26,6 +26,8 @@ from recipes.recsys.log import read_list
 from recipes.recsys.model import Catalogue, Recommender
 from recipes.recsys.predictions import make_table
 from recipes.recsys.problems import Problems
+from recipes.recsys.rules import FILE as RULES_FILE
+from recipes.recsys.rules import read_rules
 from recipes.recsys.sessions import BEGIN, FIRST, STOP
 from recipes.recsys.stored import StoredSessions, gap_buckets, read_content, read_items
 
@@ -97,6 +99,7 @@ class RecommendationTask:
             task.negatives,
             available,
             None if self._appears is None else torch.from_numpy(_order_of(self._appears)),
+            self._rules(),
         )
 
     @property
@@ -185,7 +188,7 @@ class RecommendationTask:
         """The state, what the items are, and their vectors for a vector index."""
         assert isinstance(model, Recommender)
         write_state(folder, model)
-        for name in CATALOGUE_FILES:
+        for name in (*CATALOGUE_FILES, *([RULES_FILE] if self.config.model.rules_share else [])):
             shutil.copyfile(self.prepared / name, folder / name)
         write_embeddings(model, read_items(self.prepared), folder)
 
@@ -221,6 +224,12 @@ class RecommendationTask:
     @property
     def _most_targets(self) -> int:
         return max(self.facts["most_targets"].values())
+
+    def _rules(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.config.model.rules_share:
+            return None
+        after, value = read_rules(self.prepared)
+        return torch.from_numpy(after), torch.from_numpy(value)
 
     def _log_shares(self, items: pa.Table) -> torch.Tensor:
         counts = items["count"].to_numpy()[: self.facts["trained_items"]]

@@ -130,7 +130,7 @@ def _network_of(folder: Path) -> Path:
     if not alone.exists():
         shutil.copytree(folder, alone)
         settings = alone / "recipe.yaml"
-        settings.write_text(settings.read_text().replace("rules_share: 0.3", "rules_share: 0.0"))
+        settings.write_text(settings.read_text().replace("rules_share: 0.2", "rules_share: 0.0"))
     return alone
 
 

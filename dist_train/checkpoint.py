@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_train import checkpoint_files as files
 from dist_train.engine import Strategy
 from dist_train.errors import CheckpointError
-from dist_train.held import Held, equal_share, whole
+from dist_train.held import Held, equal_share, state_buffers, whole
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
            torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
@@ -29,7 +29,7 @@ def held_state(strategy: Strategy, ema: dict[str, Tensor] | None, rank: int) -> 
     held += [replace(entry, name=f"optim/{entry.name}") for entry in strategy.optimizer_state()]
     if rank == 0:
         # Rank 0's for all: those of a BatchNorm differ by rank.
-        buffers = [whole(f"buffer/{name}", buffer) for name, buffer in strategy.module.named_buffers()]
+        buffers = [whole(f"buffer/{name}", buffer) for name, buffer in state_buffers(strategy.module).items()]
         held += [replace(entry, replicated=False) for entry in buffers]
     return held
 
@@ -97,7 +97,7 @@ def load_weights(strategy: Strategy, reader: Reader, use_ema: bool) -> None:
     with strategy.changing_weights(for_good=True) as weights:
         for entry in weights:
             reader.read(prefix + entry.name, entry.start, entry.flat)
-    for name, buffer in strategy.module.named_buffers():
+    for name, buffer in state_buffers(strategy.module).items():
         reader.read(f"buffer/{name}", 0, buffer.view(-1))
 
 
@@ -124,5 +124,5 @@ def plain_model(module: nn.Module, reader: Reader, use_ema: bool) -> None:
     """The same into a bare module on the CPU that no strategy has touched."""
     weights = reader.whole("ema/" if use_ema else "model/") | reader.whole("buffer/")
     with torch.no_grad():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        for name, tensor in (*module.named_parameters(), *state_buffers(module).items()):
             tensor.copy_(weights[name])

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.blocks import checkpoint_activations, compile_blocks
 from dist_train.config import OptimConfig
 from dist_train.errors import ConfigError
+from dist_train.held import passing_buffers, state_buffers
 from dist_train.optim import make_optimizer
 from dist_train.parameter_groups import Layers
 from dist_train.plan import LaunchPlan
@@ -76,9 +78,12 @@ class Engine:
             self.strategy = Fsdp(model, self.device, self.world_size, optimizer, bf16)
         else:
             model.to(self.device)
+            # Every rank has made them alike: nothing to broadcast before each forward pass.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, passing_buffers(model))
             self.strategy = Replicated(model, self.accelerator.prepare_model(model), optimizer, bf16)
         self.module = self.strategy.module
-        self._floating_buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+        self._buffers = list(state_buffers(self.module).values())
+        self._floating_buffers = [buffer for buffer in self._buffers if buffer.is_floating_point()]
         self.begin_step()
 
     def _prepare_zero(self, model: nn.Module, optimizer: Callable[..., torch.optim.Optimizer]) -> Zero:
@@ -138,9 +143,9 @@ class Engine:
     @contextlib.contextmanager
     def buffers_kept(self) -> Iterator[None]:
         """What forward passes within change in the buffers is undone at the end."""
-        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        buffers = [buffer.clone() for buffer in self._buffers]
         yield
-        for buffer, before in zip(self.module.buffers(), buffers, strict=True):
+        for buffer, before in zip(self._buffers, buffers, strict=True):
             buffer.copy_(before)
 
     def begin_step(self) -> None:

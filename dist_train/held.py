@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,22 @@ class Held:
 def whole(name: str, tensor: Tensor) -> Held:
     """All of a tensor that every rank holds."""
     return Held(name, tuple(tensor.shape), 0, tensor.detach().view(-1), True)
+
+
+def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """By name, those that belong to the training state. A buffer that is not persistent is no part of it, as it is none
+    of torch's state_dict: data or constants, alike on every rank, made anew with the model and never changed."""
+    passing = passing_buffers(module)
+    return {name: buffer for name, buffer in module.named_buffers() if name not in passing}
+
+
+def passing_buffers(module: nn.Module) -> set[str]:
+    """Names of the buffers that are not persistent."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
 
 
 def equal_share(held: Iterable[Held], rank: int, world_size: int) -> list[Held]:

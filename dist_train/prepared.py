@@ -34,10 +34,8 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
 
     if not hasattr(recipe.data, "build"):
         return _unprepared(config, recipe)
-    own = hasattr(recipe.data, "describe")
-    described = {"recipe": recipe.name, "data": recipe.data.describe(config) if own else describe(config, recipe)}
-    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    folder = cache_folder(config) / f"{Path(recipe.name).name}-{key[:24]}"
+    key = _key(config, recipe)
+    folder = cache_folder(config) / _folder_name(recipe, key)
     if is_whole(folder):
         say(f"data           prepared before: {folder}")
         return folder
@@ -51,6 +49,7 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
                     temporary.mkdir()
                     facts = recipe.data.build(config, temporary, say)
                     # The code is part of what a default description says, but not of what the data is.
+                    own = hasattr(recipe.data, "describe")
                     commit(temporary, folder, completed(facts, key if own else _fingerprint(temporary)))
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,6 +57,22 @@ def prepare(config: Any, recipe: Any, say: Say = print) -> Path:
     except OSError as error:
         raise unwritable(folder, error, "data.cache_dir") from error
     return folder
+
+
+def is_of_now(folder: Path, config: Any, recipe: Any) -> bool:
+    """Whether `prepare` would find this folder again: the sources, and how they are prepared, are what they were. True
+    for a recipe that prepares nothing. DataError when a source cannot be read."""
+    return not hasattr(recipe.data, "build") or folder.name == _folder_name(recipe, _key(config, recipe))
+
+
+def _key(config: Any, recipe: Any) -> str:
+    own = hasattr(recipe.data, "describe")
+    described = {"recipe": recipe.name, "data": recipe.data.describe(config) if own else describe(config, recipe)}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _folder_name(recipe: Any, key: str) -> str:
+    return f"{Path(recipe.name).name}-{key[:24]}"
 
 
 def _unprepared(config: Any, recipe: Any) -> Path:
@@ -70,7 +85,7 @@ def _unprepared(config: Any, recipe: Any) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{Path(recipe.name).name}-", dir=root))
         try:
             facts = facts_of_rows(recipe.make_task(config, temporary))
-            folder = root / f"{Path(recipe.name).name}-{facts['rows_fingerprint'][:24]}"
+            folder = root / _folder_name(recipe, facts["rows_fingerprint"])
             if not is_whole(folder):
                 commit(temporary, folder, completed(facts, facts["rows_fingerprint"]))
         finally:

@@ -189,10 +189,12 @@ def name_taken(path: Path) -> BusyError:
 
 
 def unwritable(path: Path, error: OSError, key: str = "output_dir") -> StorageError:
-    """The StorageError for a folder that cannot be written, before there is a run to go on with."""
+    """The StorageError for a place that cannot be written, before there is a run to go on with. key: what chooses it, a
+    key of the config or a word of the command."""
+    is_of_config = key == "output_dir" or "." in key
+    of_config = f"folder with {key}=... (the site file can set it once for all runs)"
     return StorageError(
-        f"{path} cannot be written: {_cause(error)}.\n"
-        f"Choose another folder with {key}=... (the site file can set it once for all runs)."
+        f"{path} cannot be written: {_cause(error)}.\nChoose another {of_config if is_of_config else key}."
     )
 
 

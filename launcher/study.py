@@ -3,6 +3,7 @@ that was broken off is resumed, one that another process is at is left to it."""
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from rich.table import Table
 
 from dist_train import config_io
 from dist_train.config import RunConfig
-from dist_train.errors import BusyError, ConfigError, Preempted, ToolkitError
+from dist_train.errors import BusyError, ConfigError, DataError, Preempted, ToolkitError
+from dist_train.prepared import is_of_now
 from dist_train.recipe import load_recipe
-from dist_train.rundir import RunDir, write_atomic, write_json
-from dist_train.start_run import same_data
+from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from launcher import start
 from launcher.process import start_detached
 from launcher.summary import open_console
@@ -42,12 +43,21 @@ class Member:
 
     @property
     def is_done(self) -> bool:
-        """Whether its run has the settings that are asked for, and a report."""
-        return self.run.report_json.is_file() and self.has_its_settings()
+        """Whether its run has a report, of the settings that are asked for and the data of now."""
+        return self.run.report_json.is_file() and self.has_its_settings() and self.has_its_data
 
     def has_its_settings(self) -> bool:
         wanted = config_io.result_fingerprint(config_io.load(self.recipe, self.words).config)
         return _without_pins(config_io.load_run_config(self.run), wanted) == wanted
+
+    @functools.cached_property
+    def has_its_data(self) -> bool:
+        """Whether its run was trained on what its paths hold now; where they hold nothing any more, it is kept."""
+        config = config_io.load_run_config(self.run)
+        try:
+            return is_of_now(Path(read_json(self.run.data_facts)["folder"]), config, load_recipe(config.recipe))
+        except DataError:
+            return True
 
 
 def study_folder(config: RunConfig, recipe: str, kind: str) -> Path:
@@ -139,19 +149,14 @@ def _bring_to_its_end(member: Member) -> None:
             f"run. To see them: dist-train recipes --keys {member.recipe}, and {run.config}."
         )
     if run.report_json.is_file():
-        _check_its_data(member)
+        if not member.has_its_data:
+            raise ConfigError(
+                f"the data behind {run.path}, or how it is prepared, has changed since, and what is measured on both "
+                "cannot be compared. Bring the old data back, or give the study another name=..., or delete that run."
+            )
         print(f"kept           {run.path}", flush=True)
         return
     start.resume(str(run.path), [], [])
-
-
-def _check_its_data(member: Member) -> None:
-    """ConfigError where the files behind its paths are others now: what is measured on both cannot be compared."""
-    config = config_io.load(member.recipe, member.words).config
-    try:
-        same_data(member.run, config, load_recipe(config.recipe), [])
-    except ConfigError as error:
-        raise ConfigError(f"{error}\nA study of the data as it is now: give it another name=...") from error
 
 
 def _without_pins(known: RunConfig, wanted: str) -> str:

@@ -21,6 +21,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.body = body
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("data", torch.ones(3), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor | dict[str, Tensor]:
         logits = self.body(batch["tokens"], batch["mask"], batch["poison"])

@@ -289,6 +289,7 @@ def _assert_same_end(path: Path, whole: Path) -> None:
     np.testing.assert_allclose(curve(path)[SAVED_AT:], curve(whole)[SAVED_AT:], rtol=1e-5)
     mine, theirs = _end_state(path), _end_state(whole)
     assert mine.keys() == theirs.keys()
+    assert "buffer/data" not in mine, "a buffer that is not persistent is no state"
     for kind in ("optim/exp_avg/", "optim/exp_avg_sq/", "ema/", "buffer/", "optim/step/"):
         names = [name for name in theirs if name.startswith(kind)]
         assert names

@@ -103,8 +103,9 @@ def test_finished_runs_are_not_kept_for_files_that_have_changed(place: Path) -> 
     write_tickets(place / "tickets.csv", 401)
     refused = dist_train([*STUDY, "--seeds", "2", "--only", "0"], place)
     assert refused.returncode == 2
-    assert "the data has changed since" in refused.stderr
+    assert "or how it is prepared, has changed since" in refused.stderr
     assert "another name=..." in refused.stderr
+    assert "Not there yet, or failed: plain-s0, smoothing-s0, plain-s1, smoothing-s1" in refused.stdout
 
 
 def test_a_study_in_the_background_outlives_its_command_and_can_be_stopped(place: Path) -> None:

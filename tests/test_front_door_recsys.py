@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -130,7 +131,9 @@ def _network_of(folder: Path) -> Path:
     if not alone.exists():
         shutil.copytree(folder, alone)
         settings = alone / "recipe.yaml"
-        settings.write_text(settings.read_text().replace("rules_share: 0.2", "rules_share: 0.0"))
+        text, changed = re.subn(r"rules_share: \S+", "rules_share: 0.0", settings.read_text())
+        assert changed == 1
+        settings.write_text(text)
     return alone
 
 

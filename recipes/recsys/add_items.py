@@ -54,7 +54,9 @@ def add_items(folder: Path, file: str, output: Path, say: Callable[[str], None])
     unfinished = output.with_name(f".tmp-{output.name}")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(folder, unfinished)
+        unfinished.mkdir(parents=True)
+        for path in folder.iterdir():
+            shutil.copy2(path, unfinished / path.name)
         _write_content(folder, unfinished, table, place, known.num_rows)
         _write_items(unfinished, known, table, place)
         write_json(unfinished / "facts.json", facts)

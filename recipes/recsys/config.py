@@ -66,8 +66,8 @@ class DataConfig(CachedData):
     weight_column: str | None = None
     """Column of what an event counts in the loss, above 0; null: each counts 1."""
     half_life_days: Annotated[float, Field(gt=0.0)] | None = None
-    """An event counts half as much in the loss for every so many days that it is older than the end of the training;
-    null: all count alike. For logs of years, whose taste has changed."""
+    """An event counts half as much in the network's loss for every so many days that it is older than the end of the
+    training; null: all count alike. For logs of years, whose taste has changed."""
     items_path: str | list[str] | None = path_field(None)
     """The item table; null: the items are those of the training events, and have no content."""
     text_columns: list[str] = []
@@ -193,8 +193,9 @@ class ModelConfig(Section):
     id_dropout: Share = 0.2
     """Probability that an item's own vector is left out in a training step: its content alone must do then (hybrid)."""
     rules_share: Share = 0.0
-    """How much sequential rules (what followed what in the training) say of an item's probability; the network says the
-    rest. 0: it ranks alone. Their table has up to 100 items an item, and every rank holds it."""
+    """Share of sequential rules (what followed what in the training) in an item's probability; the network's is the
+    rest. 0: it ranks alone. Rules take no part in training. Their table, up to 100 items an item, 800 bytes, is held by
+    every rank and stands in the model folder."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:

@@ -16,9 +16,9 @@ FILE = "item_embeddings.parquet"
 
 
 def write_embeddings(model: Recommender, items: pa.Table, folder: Path) -> str:
-    """A line an item: item_id, trained (its own vector was), embedding [width] float32. A session's score of an item is
-    the product of its state and this vector. The version in the file's metadata is that of the vectors' content; it is
-    returned."""
+    """A line an item: item_id, trained (its own vector was), embedding [width] float32. The network's logit of an item
+    is the product of the session's state and this vector. The version in the file's metadata is that of the vectors'
+    content; it is returned."""
     was_training = model.training
     with torch.no_grad():
         vectors = model.eval().vectors().float().cpu().numpy()

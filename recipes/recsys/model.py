@@ -13,7 +13,7 @@ from dist_train.task import Batch
 from recipes.recsys.encoders import build_encoder
 from recipes.recsys.losses import full_softmax, sampled_softmax
 from recipes.recsys.mixture import mix, rule_scores
-from recipes.recsys.ranking import Ranked, rank, rank_rows
+from recipes.recsys.ranking import Ranked, can_be_listed, rank, rank_rows
 
 
 class Catalogue(nn.Module):
@@ -193,8 +193,9 @@ class Recommender(nn.Module):
             scores = queries[rows] @ table.T
             if self.rules_after is not None and self.rules_value is not None:
                 events, last = batch["items"][rows], batch["last"][rows]
-                rules = rule_scores(events, last, self.rules_after, self.rules_value, self.items)
-                scores = mix(scores, rules, self.rules_share, candidates)
+                spoken = rule_scores(events, last, self.rules_after, self.rules_value, self.items)
+                listed = can_be_listed(self.items, batch["asked"][rows], excluded[rows], candidates)
+                scores = mix(scores, spoken, self.rules_share, listed)
             parts.append(rank(scores, batch["asked"][rows], excluded[rows], self.k, candidates))
         above, tied, best, best_scores = (torch.cat(part) for part in zip(*parts, strict=True))
         # As wide in every batch: rows of several batches stand in one array.

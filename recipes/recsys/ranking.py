@@ -29,6 +29,16 @@ def rank_rows(items: int) -> int:
     return max(_LEAST_ROWS, _MOST_SCORES // max(1, items))
 
 
+def can_be_listed(items: int, targets: Tensor, excluded: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """[rows, items] bool, of what `rank` is given."""
+    # An extra column takes what names no item.
+    hidden = torch.zeros((len(targets), items + 1), dtype=torch.bool, device=targets.device)
+    hidden.scatter_(1, excluded, True)
+    hidden.scatter_(1, targets, False)
+    listed = ~hidden[:, 1:]
+    return listed if candidates is None else listed & candidates
+
+
 def rank(scores: Tensor, targets: Tensor, excluded: Tensor, k: int, candidates: Tensor | None = None) -> Ranked:
     """scores [rows, items]: changed in place; column i is item i + 1, since 0 is no item.
 
@@ -36,23 +46,17 @@ def rank(scores: Tensor, targets: Tensor, excluded: Tensor, k: int, candidates: 
     excluded. candidates [rows, items] bool: those that can be recommended.
     """
     scores = scores.float()
-    rows, items = scores.shape
-    has_target = targets > 0
+    items = scores.shape[1]
     place = (targets - 1).clamp(min=0)
     own = scores.gather(1, place)
-    # An extra column takes what names no item.
-    hidden = torch.zeros((rows, items + 1), dtype=torch.bool, device=scores.device)
-    hidden.scatter_(1, excluded, True)
-    hidden.scatter_(1, targets, False)
-    scores.masked_fill_(hidden[:, 1:], -torch.inf)
-    if candidates is not None:
-        scores.masked_fill_(~candidates, -torch.inf)
-        has_target = has_target & candidates.gather(1, place)
+    listed = can_be_listed(items, targets, excluded, candidates)
+    scores.masked_fill_(~listed, -torch.inf)
+    has_target = (targets > 0) & listed.gather(1, place)
     above, tied = torch.zeros_like(targets), torch.zeros_like(targets)
     for column in range(targets.shape[1]):
         # Most rows have few targets, and some have many.
         here = has_target[:, column].nonzero()[:, 0]
-        against, others = own[here, column : column + 1], scores if len(here) == rows else scores[here]
+        against, others = own[here, column : column + 1], scores if len(here) == len(scores) else scores[here]
         above[here, column] = (others > against).sum(1)
         tied[here, column] = (others == against).sum(1)
     taken = min(k, items)

@@ -1,10 +1,11 @@
-"""Decayed sequential rules: what followed what in the training. Torch-free.
+"""Decayed sequential rules: what followed what in the training, counted. Torch-free.
 
-As a baseline they are hard to beat, and as a part of the model (`model.rules_share`) they rank what it leaves in doubt.
+As a baseline they are hard to beat, and as a part of the model (`model.rules_share`) they remember what came but once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,13 @@ FILE = "rules.npz"
 HISTORY = 20
 """Events before a target that rules are made of, and that they are applied to."""
 DECAY = 0.7
-"""In the model the n-th event from the end counts this to the power of n."""
+"""In the model the last event counts 1, the one before it this, the next its square, and so on."""
+# In the model what came before an item follows it too, for half: tastes go both ways, sequels do not.
 _BACKWARD = 0.5
+# Followers of an item that the model keeps.
 _MOST = 100
+# Events whose pairs are counted at once: some 300 MiB.
+_BLOCK = 2**18
 
 
 def count_rules(events: np.ndarray, rows: np.ndarray, items: int) -> sparse.csr_matrix:
@@ -28,14 +33,7 @@ def count_rules(events: np.ndarray, rows: np.ndarray, items: int) -> sparse.csr_
 
     events [events] int32: items from 1. rows [rows, 4]: those of the training.
     """
-    row, event = ranges(rows[:, FIRST], rows[:, STOP])
-    begin = rows[row, BEGIN]
-    follows = sparse.csr_matrix((items, items))
-    for distance in range(1, HISTORY + 1):
-        known = event - distance >= begin
-        pairs = events[event[known] - distance] - 1, events[event[known]] - 1
-        follows = follows + sparse.csr_matrix((np.full(len(pairs[0]), 1 / distance), pairs), shape=follows.shape)
-    return follows
+    return sparse.vstack([block for _, block in _blocks(events, rows, items, 0.0)], format="csr")
 
 
 def strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
@@ -50,18 +48,56 @@ def strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
 
 def write_rules(folder: Path, events: np.ndarray, rows: np.ndarray, trained: int) -> None:
     """Those of each trained item, the strongest, for the model."""
-    follows = count_rules(events, rows, trained)
-    matrix = strongest((follows + _BACKWARD * follows.T).tocsr(), _MOST)
-    sizes = np.diff(matrix.indptr)
-    width = max(1, int(sizes.max()))
-    after, value = np.zeros((trained + 1, width), dtype=np.int32), np.zeros((trained + 1, width), dtype=np.float32)
-    row = np.repeat(np.arange(1, trained + 1), sizes)
-    place = np.arange(matrix.nnz) - np.repeat(matrix.indptr[:-1], sizes)
-    after[row, place], value[row, place] = matrix.indices + 1, matrix.data
-    np.savez(folder / FILE, after=after, value=value)
+    after = np.zeros((trained + 1, _MOST), dtype=np.int32)
+    value = np.zeros((trained + 1, _MOST), dtype=np.float32)
+    for first, block in _blocks(events, rows, trained, _BACKWARD):
+        kept = strongest(block, _MOST)
+        sizes = np.diff(kept.indptr)
+        row = np.repeat(np.arange(first + 1, first + 1 + kept.shape[0]), sizes)
+        place = np.arange(kept.nnz) - np.repeat(kept.indptr[:-1], sizes)
+        after[row, place], value[row, place] = kept.indices + 1, kept.data
+    np.savez_compressed(folder / FILE, after=after, value=value)
 
 
 def read_rules(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """What comes after each trained item and how much it counts: [trained + 1, most] int32 (0: none) and float32."""
+    """What follows each trained item and how much it counts: [trained + 1, most] int32 (0: none) and float32."""
     with np.load(folder / FILE) as stored:
         return stored["after"], stored["value"]
+
+
+def _blocks(
+    events: np.ndarray, rows: np.ndarray, items: int, backward: float
+) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    """The rules of neighbouring items, so many that memory does not grow with the log: the first of them (from 0), and
+    [of them, items]. backward: what an item that came before counts beside one that came after."""
+    begins = np.full(len(events), len(events))
+    """Of each target of the training where its session begins; nothing is before any other event."""
+    row, target = ranges(rows[:, FIRST], rows[:, STOP])
+    begins[target] = rows[row, BEGIN]
+    codes = np.asarray(events)
+    order = np.argsort(codes, kind="stable")
+    stops = np.searchsorted(codes, np.arange(items + 1), side="right", sorter=order)
+    first = 0
+    while first < items:
+        last = max(first + 1, int(np.searchsorted(stops, stops[first] + _BLOCK, side="right")) - 1)
+        own = order[stops[first] : stops[last]]
+        yield first, _count(codes, begins, own, first, (last - first, items), backward)
+        first = last
+
+
+def _count(
+    codes: np.ndarray, begins: np.ndarray, own: np.ndarray, first: int, shape: tuple[int, int], backward: float
+) -> sparse.csr_matrix:
+    """Of the events `own` all that came after them within reach, and before them."""
+    parts = []
+    for distance in range(1, HISTORY + 1):
+        before = own[own + distance < len(codes)]
+        before = before[begins[before + distance] <= before]
+        parts.append((before, before + distance, 1 / distance))
+        if backward:
+            after = own[own - distance >= begins[own]]
+            parts.append((after, after - distance, backward / distance))
+    row = np.concatenate([codes[events] for events, _, _ in parts]) - (first + 1)
+    column = np.concatenate([codes[others] for _, others, _ in parts]) - 1
+    value = np.concatenate([np.full(len(events), weight, dtype=np.float32) for events, _, weight in parts])
+    return sparse.coo_matrix((value, (row, column)), shape=shape).tocsr()

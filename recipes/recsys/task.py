@@ -32,7 +32,7 @@ from recipes.recsys.sessions import BEGIN, FIRST, STOP
 from recipes.recsys.stored import StoredSessions, gap_buckets, read_content, read_items
 
 CATALOGUE_FILES = ("items.arrow", "numbers.npy", "categories.npy", "content.json", "content_axes.npy")
-"""What of the prepared folder a model folder needs."""
+"""What of the prepared folder every model folder needs."""
 _NONE = np.zeros(0, dtype=np.int64)
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train.blocks import checkpoint_activations, compile_blocks
 from dist_train.config import OptimConfig
 from dist_train.errors import ConfigError
-from dist_train.held import passing_buffers, state_buffers
+from dist_train.held import non_persistent_buffers, state_buffers
 from dist_train.optim import make_optimizer
 from dist_train.parameter_groups import Layers
 from dist_train.plan import LaunchPlan
@@ -79,7 +79,7 @@ class Engine:
         else:
             model.to(self.device)
             # Every rank has made them alike: nothing to broadcast before each forward pass.
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, passing_buffers(model))
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, non_persistent_buffers(model))
             self.strategy = Replicated(model, self.accelerator.prepare_model(model), optimizer, bf16)
         self.module = self.strategy.module
         self._buffers = list(state_buffers(self.module).values())

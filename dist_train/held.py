@@ -30,11 +30,11 @@ def whole(name: str, tensor: Tensor) -> Held:
 def state_buffers(module: nn.Module) -> dict[str, Tensor]:
     """By name, those that belong to the training state. A buffer that is not persistent is no part of it, as it is none
     of torch's state_dict: data or constants, alike on every rank, made anew with the model and never changed."""
-    passing = passing_buffers(module)
-    return {name: buffer for name, buffer in module.named_buffers() if name not in passing}
+    left_out = non_persistent_buffers(module)
+    return {name: buffer for name, buffer in module.named_buffers() if name not in left_out}
 
 
-def passing_buffers(module: nn.Module) -> set[str]:
+def non_persistent_buffers(module: nn.Module) -> set[str]:
     """Names of the buffers that are not persistent."""
     return {
         f"{prefix}.{name}" if prefix else name

@@ -70,8 +70,8 @@ def _blocks(
 ) -> Iterator[tuple[int, sparse.csr_matrix]]:
     """The rules of neighbouring items, so many that memory does not grow with the log: the first of them (from 0), and
     [of them, items]. backward: what an item that came before counts beside one that came after."""
+    # Of each target of the training where its session begins; nothing is before any other event.
     begins = np.full(len(events), len(events))
-    """Of each target of the training where its session begins; nothing is before any other event."""
     row, target = ranges(rows[:, FIRST], rows[:, STOP])
     begins[target] = rows[row, BEGIN]
     codes = np.asarray(events)

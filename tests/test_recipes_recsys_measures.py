@@ -9,11 +9,23 @@ import pytest
 import torch
 
 from recipes.recsys.measures import Ranks, average_precision, hit_rate, mrr, ndcg, target_gain, target_hit
-from recipes.recsys.ranking import rank
+from recipes.recsys.ranking import Ranked, can_be_listed, rank
+
+
+def ranked_of(
+    scores: torch.Tensor,
+    targets: list[list[int]],
+    excluded: list[list[int]],
+    k: int,
+    candidates: torch.Tensor | None = None,
+) -> Ranked:
+    asked = torch.tensor(targets)
+    listed = can_be_listed(scores.shape[1], asked, torch.tensor(excluded, dtype=torch.long), candidates)
+    return rank(scores, asked, listed, k)
 
 
 def test_a_constant_scorer_over_a_thousand_items_gets_the_expected_ndcg() -> None:
-    ranked = rank(torch.zeros(3, 1000), torch.tensor([[1], [500], [1000]]), torch.zeros(3, 1, dtype=torch.long), 10)
+    ranked = ranked_of(torch.zeros(3, 1000), [[1], [500], [1000]], [[0], [0], [0]], 10)
     ranks = Ranks(ranked.above[:, 0].numpy(), ranked.tied[:, 0].numpy(), np.arange(3), 3)
     expected = np.mean(1 / np.log2(1 + np.arange(1.0, 11))) * 10 / 1000
     np.testing.assert_allclose(ndcg(ranks, 10), expected)
@@ -65,13 +77,13 @@ def test_a_target_that_cannot_be_recommended_is_a_miss() -> None:
 
 def test_seen_items_are_passed_over_but_not_the_target() -> None:
     scores = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
-    ranked = rank(scores.clone(), torch.tensor([[2, 4]]), torch.tensor([[1, 2, 0]]), 3)
+    ranked = ranked_of(scores.clone(), [[2, 4]], [[1, 2, 0]], 3)
     assert ranked.above.tolist() == [[0, 2]]
     assert ranked.best.tolist() == [[2, 3, 4]]
 
 
 def test_an_item_that_is_not_available_is_neither_listed_nor_found() -> None:
     candidates = torch.tensor([[False, True, True]])
-    ranked = rank(torch.tensor([[5.0, 4.0, 3.0]]), torch.tensor([[1, 3]]), torch.zeros(1, 0).long(), 5, candidates)
+    ranked = ranked_of(torch.tensor([[5.0, 4.0, 3.0]]), [[1, 3]], [[]], 5, candidates)
     assert ranked.tied.tolist() == [[0, 1]]
     assert ranked.best.tolist() == [[2, 3, 0, 0, 0]]

@@ -15,7 +15,7 @@ from recipes.recsys.config import ModelConfig
 from recipes.recsys.data import describe
 from recipes.recsys.mixture import mix, rule_scores
 from recipes.recsys.model import Catalogue, Recommender
-from recipes.recsys.rules import DECAY, HISTORY, count_rules, read_rules, strongest, write_rules
+from recipes.recsys.rules import DECAY, HISTORY, read_rules, rule_blocks, strongest, write_rules
 
 # Two sessions: items 1 2 3, and items 1 3.
 EVENTS = np.array([1, 2, 3, 1, 3], dtype=np.int32)
@@ -23,32 +23,35 @@ ROWS = np.array([[0, 0, 3, 0], [3, 3, 5, 1]])
 ITEMS = 4
 
 
+def counted(events: np.ndarray, rows: np.ndarray, items: int) -> np.ndarray:
+    return np.asarray(sparse.vstack([block for _, block in rule_blocks(events, rows, items, 0.0)]).toarray())
+
+
 def test_a_pair_counts_one_by_its_distance() -> None:
-    counted = count_rules(EVENTS, ROWS, ITEMS).toarray()
     expected = np.zeros((ITEMS, ITEMS))
     expected[0, 1], expected[1, 2], expected[0, 2] = 1, 1, 1 / 2 + 1
-    assert np.array_equal(counted, expected)
+    assert np.array_equal(counted(EVENTS, ROWS, ITEMS), expected)
 
 
 def test_only_targets_of_the_training_are_counted() -> None:
     """A row whose first two events are history, counted in a row before."""
     rows = np.array([[0, 2, 3, 0]])
-    assert count_rules(EVENTS, rows, ITEMS).sum() == 1 + 1 / 2
+    assert counted(EVENTS, rows, ITEMS).sum() == 1 + 1 / 2
 
 
 def test_blocks_of_any_size_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = np.random.default_rng(0)
     events = drawn.integers(1, 31, 400).astype(np.int32)
     rows = np.array([[at, at + drawn.integers(1, 5), at + drawn.integers(6, 50), 0] for at in range(0, 400, 50)])
-    once = count_rules(events, rows, 30)
+    once = counted(events, rows, 30)
     expected = np.zeros((30, 30))
     for begin, first, stop, _ in rows:
         for target in range(first, stop):
             for before in range(max(begin, target - HISTORY), target):
                 expected[events[before] - 1, events[target] - 1] += 1 / (target - before)
-    np.testing.assert_allclose(once.toarray(), expected, rtol=1e-5)
+    np.testing.assert_allclose(once, expected, rtol=1e-5)
     monkeypatch.setattr("recipes.recsys.rules._BLOCK", 40)
-    np.testing.assert_allclose(count_rules(events, rows, 30).toarray(), expected, rtol=1e-5)
+    np.testing.assert_allclose(counted(events, rows, 30), expected, rtol=1e-5)
 
 
 def test_the_strongest_of_each_row_are_kept() -> None:
@@ -70,7 +73,7 @@ def test_the_rules_of_a_session_weigh_its_last_events_most(tmp_path: Path) -> No
     write_rules(tmp_path, EVENTS, ROWS, 3)
     after, value = (torch.from_numpy(each) for each in read_rules(tmp_path))
     scores = rule_scores(torch.tensor([[1, 2, 0], [4, 0, 0]]), torch.tensor([2, 1]), after, value, ITEMS)
-    follows = count_rules(EVENTS, ROWS, ITEMS).toarray()
+    follows = counted(EVENTS, ROWS, ITEMS)
     both = follows + 0.5 * follows.T
     assert scores[0].numpy() == pytest.approx(DECAY * both[0] + both[1])
     assert not scores[1].any(), "an item that came after the training has no rules"

@@ -6,7 +6,6 @@ The settings of each are chosen on the validation split: a weak baseline would p
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from dist_train.baselines import SPLITS, Tables
 from recipes.recsys.config import Config
 from recipes.recsys.measures import ndcg, ranks_of
 from recipes.recsys.predictions import make_table
-from recipes.recsys.rules import HISTORY, count_rules, strongest
+from recipes.recsys.rules import HISTORY, rule_blocks, strongest
 from recipes.recsys.sessions import BEGIN, FIRST, STOP, USER, ranges
 from recipes.recsys.stored import StoredSessions, read_items
 
 # Changes whenever a baseline would come out differently.
-VERSION = 2
+VERSION = 3
 ABOUT = {
     "popularity": "the items that were taken most often, in a window that ends with the training",
     "item_knn": "items that the same users took, by cosine",
@@ -38,8 +37,13 @@ _SHRINKS = (1.0, 10.0)
 _RIDGES = (50.0, 250.0, 1000.0)
 # Above so many items one setting of EASE alone: each takes a minute.
 _MOST_CHOSEN_EASE = 6_000
-_NEIGHBOURS = 200
-_MOST_JUDGED = 5_000
+# Of each item at most so many others are kept, and of a large catalogue so many entries in all: 512 MiB.
+_NEIGHBOURS, _FOLLOWERS = 200, 1_000
+_LEAST_KEPT, _MOST_ENTRIES = 20, 2**26
+# Pairs of items of one user that are counted at once: some 200 MiB.
+_BLOCK = 2**23
+# Rows of the validation split that settings are chosen on, and scores of all of them.
+_LEAST_JUDGED, _MOST_JUDGED, _MOST_SCORES = 500, 5_000, 2**28
 # What tells items apart that a baseline scores alike.
 _LEAST = 1e-6
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -70,7 +74,8 @@ class _World:
             self.available = items["available_from"].to_numpy(), items["available_until"].to_numpy()
         self.train = self.stored.rows("train")
         validation = self.stored.rows("validation")
-        step = -(-len(validation) // _MOST_JUDGED)
+        judged = min(_MOST_JUDGED, max(_LEAST_JUDGED, _MOST_SCORES // self.items))
+        step = -(-len(validation) // judged)
         self._judged = np.arange(0, len(validation), step)
         counts = items["count"].to_numpy()
         self.popularity = counts / max(counts.max(), 1)
@@ -83,7 +88,7 @@ class _World:
     def predict(self, scorer: Scorer, split: str, chosen: np.ndarray | None = None) -> pa.Table:
         import torch
 
-        from recipes.recsys.ranking import rank, rank_rows
+        from recipes.recsys.ranking import can_be_listed, rank, rank_rows
 
         rows = self.stored.rows(split)
         most = max(self.stored.facts["most_targets"].values())
@@ -100,7 +105,8 @@ class _World:
             if self.available is not None:
                 moment = self.stored.moment(own)[:, None]
                 candidates = torch.from_numpy((self.available[0] <= moment) & (moment < self.available[1]))
-            parts.append(rank(scores, targets, torch.from_numpy(seen), self.config.task.list_length, candidates))
+            listed = can_be_listed(self.items, targets, torch.from_numpy(seen), candidates)
+            parts.append(rank(scores, targets, listed, self.config.task.list_length))
         names = ("above", "tied", "best", "best_score")
         joined = [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
         return make_table(self.stored, split, dict(zip(names, joined, strict=True)), self.config, chosen)
@@ -120,7 +126,7 @@ class _World:
         item = np.asarray(self.stored.items[event]) - 1
         user = self.train[row, USER]
         shape = (int(user.max()) + 1, self.items)
-        taken = sparse.csr_matrix((np.ones(len(item)), (user, item)), shape=shape)
+        taken = sparse.csr_matrix((np.ones(len(item), dtype=np.float32), (user, item)), shape=shape)
         taken.data[:] = 1
         return taken
 
@@ -150,30 +156,50 @@ def _alike(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _item_knn(world: _World) -> Iterator[Scorer]:
     taken = world.users()
-    both = (taken.T @ taken).tocoo()
     count = np.asarray(taken.sum(0)).ravel()
-    off = both.row != both.col
-    row, column, value = both.row[off], both.col[off], both.data[off]
+    most = _kept(_NEIGHBOURS, world.items)
     for shrink in _SHRINKS:
-        similar = value / np.sqrt((count[row] + shrink) * (count[column] + shrink))
-        matrix = strongest(sparse.csr_matrix((similar, (row, column)), shape=both.shape), _NEIGHBOURS)
+        scaled = (taken @ sparse.diags((count + shrink) ** -0.5, dtype=np.float32)).tocsr()
+        matrix = sparse.vstack([strongest(block, most) for block in similar(scaled)], format="csr")
         for decay in _DECAYS:
             yield _linear(world, matrix, decay)
+
+
+def similar(scaled: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
+    """scaled.T @ scaled without its diagonal, [some items, items] at a time: memory does not grow with the log."""
+    of_items = scaled.T.tocsr()
+    pairs = np.append(0, np.cumsum(of_items.astype(bool) @ np.diff(scaled.indptr)))
+    first = 0
+    while first < len(pairs) - 1:
+        last = max(first + 1, int(np.searchsorted(pairs, pairs[first] + _BLOCK, side="right")) - 1)
+        block = (of_items[first:last] @ scaled).tocoo()
+        off = block.row + first != block.col
+        yield sparse.csr_matrix((block.data[off], (block.row[off], block.col[off])), shape=block.shape)
+        first = last
 
 
 def _rules(world: _World) -> Iterator[Scorer]:
-    follows = count_rules(np.asarray(world.stored.items), world.train, world.items)
-    for backward, norm in itertools.product(_BACKWARD, _NORMS):
-        matrix = follows + backward * follows.T
-        total = np.maximum(np.asarray(matrix.sum(1)).ravel(), 1e-9)
-        matrix = (sparse.diags(total**-norm) @ matrix).tocsr()
-        for decay in _DECAYS:
-            yield _linear(world, matrix, decay)
+    events, most = np.asarray(world.stored.items), _kept(_FOLLOWERS, world.items)
+    for backward in _BACKWARD:
+        blocks, totals = [], []
+        for _, block in rule_blocks(events, world.train, world.items, backward):
+            totals.append(np.asarray(block.sum(1)).ravel())
+            blocks.append(strongest(block, most))
+        counted, total = sparse.vstack(blocks, format="csr"), np.maximum(np.concatenate(totals), 1e-9)
+        for norm in _NORMS:
+            matrix = (sparse.diags(total**-norm) @ counted).tocsr()
+            for decay in _DECAYS:
+                yield _linear(world, matrix, decay)
+
+
+def _kept(most: int, items: int) -> int:
+    """Of each item."""
+    return min(most, max(_LEAST_KEPT, _MOST_ENTRIES // items))
 
 
 def _ease(world: _World) -> Iterator[Scorer]:
     taken = world.users()
-    gram = (taken.T @ taken).toarray()
+    gram = (taken.T @ taken).toarray().astype(np.float64)
     for ridge in _RIDGES if world.items <= _MOST_CHOSEN_EASE else _RIDGES[1:2]:
         inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
         weights = -inverse / np.diag(inverse)

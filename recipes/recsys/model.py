@@ -190,13 +190,14 @@ class Recommender(nn.Module):
                 moment = batch["moment"][rows, None]
                 there = (self.available_from[1:] <= moment) & (moment < self.available_until[1:])
                 candidates = there if candidates is None else candidates & there
+            asked = batch["asked"][rows]
+            listed = can_be_listed(self.items, asked, excluded[rows], candidates)
             scores = queries[rows] @ table.T
             if self.rules_after is not None and self.rules_value is not None:
                 events, last = batch["items"][rows], batch["last"][rows]
                 spoken = rule_scores(events, last, self.rules_after, self.rules_value, self.items)
-                listed = can_be_listed(self.items, batch["asked"][rows], excluded[rows], candidates)
                 scores = mix(scores, spoken, self.rules_share, listed)
-            parts.append(rank(scores, batch["asked"][rows], excluded[rows], self.k, candidates))
+            parts.append(rank(scores, asked, listed, self.k))
         above, tied, best, best_scores = (torch.cat(part) for part in zip(*parts, strict=True))
         # As wide in every batch: rows of several batches stand in one array.
         wide = (0, int(batch["most_targets"].shape[1]) - above.shape[1])

@@ -30,7 +30,11 @@ def rank_rows(items: int) -> int:
 
 
 def can_be_listed(items: int, targets: Tensor, excluded: Tensor, candidates: Tensor | None = None) -> Tensor:
-    """[rows, items] bool, of what `rank` is given."""
+    """[rows, items] bool; column i is item i + 1, since 0 is no item.
+
+    targets [rows, targets] and excluded [rows, any] int64: items, 0 for none. A target is listed although it is
+    excluded. candidates [rows, items] bool: those that can be recommended.
+    """
     # An extra column takes what names no item.
     hidden = torch.zeros((len(targets), items + 1), dtype=torch.bool, device=targets.device)
     hidden.scatter_(1, excluded, True)
@@ -39,17 +43,12 @@ def can_be_listed(items: int, targets: Tensor, excluded: Tensor, candidates: Ten
     return listed if candidates is None else listed & candidates
 
 
-def rank(scores: Tensor, targets: Tensor, excluded: Tensor, k: int, candidates: Tensor | None = None) -> Ranked:
-    """scores [rows, items]: changed in place; column i is item i + 1, since 0 is no item.
-
-    targets [rows, targets] and excluded [rows, any] int64: items, 0 for none. A target is a candidate although it is
-    excluded. candidates [rows, items] bool: those that can be recommended.
-    """
+def rank(scores: Tensor, targets: Tensor, listed: Tensor, k: int) -> Ranked:
+    """scores [rows, items]: changed in place. targets and listed: of and by `can_be_listed`."""
     scores = scores.float()
     items = scores.shape[1]
     place = (targets - 1).clamp(min=0)
     own = scores.gather(1, place)
-    listed = can_be_listed(items, targets, excluded, candidates)
     scores.masked_fill_(~listed, -torch.inf)
     has_target = (targets > 0) & listed.gather(1, place)
     above, tied = torch.zeros_like(targets), torch.zeros_like(targets)

@@ -28,12 +28,28 @@ _MOST = 100
 _BLOCK = 2**18
 
 
-def count_rules(events: np.ndarray, rows: np.ndarray, items: int) -> sparse.csr_matrix:
-    """[items, items]: how often the item of a row came before that of a column; d events before it, by 1 / d.
+def rule_blocks(
+    events: np.ndarray, rows: np.ndarray, items: int, backward: float
+) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    """How often the item of a row came before that of a column; d events before it, by 1 / d.
 
-    events [events] int32: items from 1. rows [rows, 4]: those of the training.
+    Yields the rules of neighbouring items, so many that memory does not grow with the log: the first of them (from 0),
+    and [of them, items]. events [events] int32: items from 1. rows [rows, 4]: those of the training. backward: what an
+    item that came before counts beside one that came after.
     """
-    return sparse.vstack([block for _, block in _blocks(events, rows, items, 0.0)], format="csr")
+    # Of each target of the training where its session begins; nothing is before any other event.
+    begins = np.full(len(events), len(events))
+    row, target = ranges(rows[:, FIRST], rows[:, STOP])
+    begins[target] = rows[row, BEGIN]
+    codes = np.asarray(events)
+    order = np.argsort(codes, kind="stable")
+    stops = np.searchsorted(codes, np.arange(items + 1), side="right", sorter=order)
+    first = 0
+    while first < items:
+        last = max(first + 1, int(np.searchsorted(stops, stops[first] + _BLOCK, side="right")) - 1)
+        own = order[stops[first] : stops[last]]
+        yield first, _count(codes, begins, own, first, (last - first, items), backward)
+        first = last
 
 
 def strongest(matrix: sparse.csr_matrix, most: int) -> sparse.csr_matrix:
@@ -50,7 +66,7 @@ def write_rules(folder: Path, events: np.ndarray, rows: np.ndarray, trained: int
     """Those of each trained item, the strongest, for the model."""
     after = np.zeros((trained + 1, _MOST), dtype=np.int32)
     value = np.zeros((trained + 1, _MOST), dtype=np.float32)
-    for first, block in _blocks(events, rows, trained, _BACKWARD):
+    for first, block in rule_blocks(events, rows, trained, _BACKWARD):
         kept = strongest(block, _MOST)
         sizes = np.diff(kept.indptr)
         row = np.repeat(np.arange(first + 1, first + 1 + kept.shape[0]), sizes)
@@ -63,26 +79,6 @@ def read_rules(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """What follows each trained item and how much it counts: [trained + 1, most] int32 (0: none) and float32."""
     with np.load(folder / FILE) as stored:
         return stored["after"], stored["value"]
-
-
-def _blocks(
-    events: np.ndarray, rows: np.ndarray, items: int, backward: float
-) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    """The rules of neighbouring items, so many that memory does not grow with the log: the first of them (from 0), and
-    [of them, items]. backward: what an item that came before counts beside one that came after."""
-    # Of each target of the training where its session begins; nothing is before any other event.
-    begins = np.full(len(events), len(events))
-    row, target = ranges(rows[:, FIRST], rows[:, STOP])
-    begins[target] = rows[row, BEGIN]
-    codes = np.asarray(events)
-    order = np.argsort(codes, kind="stable")
-    stops = np.searchsorted(codes, np.arange(items + 1), side="right", sorter=order)
-    first = 0
-    while first < items:
-        last = max(first + 1, int(np.searchsorted(stops, stops[first] + _BLOCK, side="right")) - 1)
-        own = order[stops[first] : stops[last]]
-        yield first, _count(codes, begins, own, first, (last - first, items), backward)
-        first = last
 
 
 def _count(

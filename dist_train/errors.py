@@ -67,6 +67,10 @@ class CrashError(ToolkitError):
     title = "a worker crashed"
 
 
+class KilledError(CrashError):
+    """A rank died without a word: what the others then say of it is no cause."""
+
+
 class Preempted(ToolkitError):  # noqa: N818 - not an error: everything was saved
     exit_code = 75
     title = "stopped and saved"

@@ -9,9 +9,16 @@ import signal
 from pathlib import Path
 
 from dist_train.errors import CrashError
-from dist_train.rundir import LAUNCHER_PID
+from dist_train.events import current_attempt
+from dist_train.rundir import ATTEMPT, LAUNCHER_PID, RunDir
 
 _PR_SET_PDEATHSIG = 1
+
+
+def own_run(path: str) -> tuple[RunDir, int]:
+    """The run as this rank's node writes it, and the attempt. torchrun calls the node's rank GROUP_RANK."""
+    attempt = os.environ.get(ATTEMPT) or current_attempt(RunDir(path).events)
+    return RunDir(path, int(os.environ.get("GROUP_RANK", "0"))), int(attempt)
 
 
 def redirect_output(path: Path) -> None:
@@ -22,6 +29,7 @@ def redirect_output(path: Path) -> None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2)  # the launcher asks for the stacks when a rank hangs
 
 
 def die_with_launcher() -> None:

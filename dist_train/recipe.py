@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -198,6 +199,14 @@ def load_recipe(key: str) -> Recipe:
     raise ConfigError(
         f"recipe is {key!r}, but there is no such recipe.{_nearest(key, known)}{variant} Known: {', '.join(known)}."
     )
+
+
+def code_fingerprint(sources: Iterable[Path]) -> str:
+    """A hash of the toolkit's own source and of these files, a recipe's."""
+    digest = hashlib.sha256()
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), *sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _needs() -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -90,14 +88,6 @@ def _take_over(run: RunDir, engine: Engine, task: Task, model: nn.Module) -> Non
         text = record_start(run, taken)
         print(text, flush=True)
         log_event(run.events, "progress", message=text)
-
-
-def code_fingerprint(sources: Iterable[Path]) -> str:
-    """A hash of the toolkit's own source and of the recipe's."""
-    digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), *sources):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def restore(training: Training, accepted: Collection[str] = ()) -> None:

@@ -20,6 +20,8 @@ from dist_train.errors import BusyError, ConfigError, StorageError, UnsafeInputE
 
 # Names the launcher's process to its ranks, which do not outlive it.
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
+ATTEMPT = "DIST_TRAIN_ATTEMPT"
+"""The attempt that ranks belong to: another machine may not see yet what was written of it."""
 MODEL_RECORD = "dist_train.json"
 """What a model folder says of its model; no other folder has it."""
 
@@ -27,8 +29,11 @@ MODEL_RECORD = "dist_train.json"
 class RunDir:
     """The paths of one run below `<output_dir>/<name>/`."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, node_rank: int = 0) -> None:
+        """node_rank: whose own files are meant. Node 0 has the run's; each other node has some of its own, since
+        appending to one file from several machines loses lines on a network file system."""
         self.path = Path(path).absolute()
+        self.node_rank = node_rank
         self.config = self.path / "config.yaml"
         self.plan = self.path / "plan.json"
         self.commands = self.path / "commands.sh"
@@ -36,8 +41,9 @@ class RunDir:
         self.data_facts = self.path / "data.json"
         self.init_from = self.path / "init_from.json"
         self.metrics = self.path / "metrics.jsonl"
-        self.events = self.path / "events.jsonl"
         self.logs = self.path / "logs"
+        self.events = self.path / "events.jsonl" if node_rank == 0 else self.logs / f"events-node{node_rank}.jsonl"
+        self.launcher_log = self.logs / ("launcher.log" if node_rank == 0 else f"launcher-node{node_rank}.log")
         self.checkpoints = self.path / "checkpoints"
         self.predictions = self.path / "predictions"
         self.bandwidth = self.path / "bandwidth.json"

@@ -16,18 +16,17 @@ from pathlib import Path
 from types import TracebackType
 
 from dist_train.errors import ConfigError, CrashError, StorageError, ToolkitError
-from dist_train.events import current_attempt, log_event
-from dist_train.rank_process import die_with_launcher, redirect_output
-from dist_train.rundir import LAUNCHER_PID, RunDir
+from dist_train.events import log_event
+from dist_train.rank_process import die_with_launcher, own_run, redirect_output
+from dist_train.rundir import ATTEMPT, LAUNCHER_PID, RunDir
 
 
 def main(arguments: list[str]) -> int:
     """Run the script to its end. Returns the exit code; the cause of a failure is in events.jsonl."""
-    run, command = RunDir(arguments[0]), arguments[1:]
+    (run, attempt), command = own_run(arguments[0]), arguments[1:]
     rank = int(os.environ.get("RANK", "0"))
     die_with_launcher()
     redirect_output(run.rank_log(rank))
-    attempt = current_attempt(run.events)
     log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), host=os.uname().nodename)
     try:
         script = _prepare(command)
@@ -51,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> Callable[[], object]:
     """Set sys.argv and sys.path as python does for a script or `-m`, and return what runs it."""
-    for name in ("PYTHONSAFEPATH", LAUNCHER_PID):
+    for name in ("PYTHONSAFEPATH", LAUNCHER_PID, ATTEMPT):
         os.environ.pop(name, None)  # ours; the script's own processes are to know nothing of it
     if arguments[0] == "-m":
         module = arguments[1]

@@ -15,7 +15,7 @@ from dist_train.errors import CrashError, Preempted, StorageError, ToolkitError,
 from dist_train.events import current_attempt, log_event, read_lines
 from dist_train.heartbeat import Heartbeat, waited_in_vain
 from dist_train.rank_environment import settle_environment, settle_rank_variables
-from dist_train.rank_process import die_with_launcher, redirect_output
+from dist_train.rank_process import die_with_launcher, own_run, redirect_output
 from dist_train.rundir import LAUNCHER_PID, RunDir
 from dist_train.stop import StopFlag
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Run this rank to its end. Returns the exit code; the cause of a failure is in events.jsonl."""
     settle_rank_variables()
     if arguments and LAUNCHER_PID in os.environ and RunDir(arguments[0]).config.is_file():
-        return run_attempt(RunDir(arguments[0]), arguments[1:])
+        return run_attempt(arguments[0], arguments[1:])
     from dist_train.direct_start import RefusedError, joined_run
 
     terminal = os.dup(2)
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         with joined_run(arguments, say) as (run, options):
-            code = run_attempt(run, options)
+            code = run_attempt(str(run.path), options)
             if code != 0 or os.environ.get("RANK", "0") == "0":
                 os.write(terminal, _last_words(run, code).encode())
             return code
@@ -54,8 +54,9 @@ def main(arguments: list[str]) -> int:
         return 130
 
 
-def run_attempt(run: RunDir, arguments: list[str]) -> int:
+def run_attempt(path: str, arguments: list[str]) -> int:
     """Train in the run that is there, as the rank that the environment names."""
+    run, attempt = own_run(path)
     rank = int(os.environ.get("RANK", "0"))
     # Before the launcher knows our pid: a signal during the seconds of imports waits for the first step.
     stop = StopFlag()
@@ -63,7 +64,6 @@ def run_attempt(run: RunDir, arguments: list[str]) -> int:
     die_with_launcher()
     redirect_output(run.rank_log(rank))
     heartbeat = Heartbeat(run, rank)
-    attempt = current_attempt(run.events)
     log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), host=os.uname().nodename)
     try:
         run_rank(run, attempt, stop, heartbeat, tuple(arguments))
@@ -132,7 +132,8 @@ def train_task(
     from dist_train.loop import train
     from dist_train.memory_record import write_memory_record
     from dist_train.parity import record
-    from dist_train.resume import build_training, code_fingerprint, restore
+    from dist_train.recipe import code_fingerprint
+    from dist_train.resume import build_training, restore
 
     accepted = {word.removeprefix("--accept=") for word in arguments if word.startswith("--accept=")}
     evaluate = next((word.removeprefix("--evaluate=") for word in arguments if word.startswith("--evaluate=")), None)

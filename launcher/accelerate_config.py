@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,18 @@ WORKER = "dist_train.worker"
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16", None: "no"}
 # Blocks of at least so many parameters become one FSDP group, in a model that Transformers does not know.
 _FSDP_MIN_NUM_PARAMS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of several nodes meet, as one node sees it."""
+
+    node_rank: int
+    host: str
+    """A name or address of node 0."""
+    port: int
+    interface: str | None
+    """This node's network interface towards the others; None leaves the choice to the libraries."""
 
 
 class Ranks(Protocol):
@@ -102,7 +115,13 @@ def distributed_type(ranks: Ranks) -> str:
     return "MULTI_GPU" if ranks.device == "cuda" else "MULTI_CPU"
 
 
-def launch_command(ranks: Ranks, run: RunDir, arguments: Sequence[str] = (), module: str = WORKER) -> list[str]:
+def launch_command(
+    ranks: Ranks,
+    run: RunDir,
+    arguments: Sequence[str] = (),
+    module: str = WORKER,
+    rendezvous: Rendezvous | None = None,
+) -> list[str]:
     """The argv that starts all ranks of this machine, each of which runs `module` with the run and `arguments`.
 
     GPUs: accelerate launch. CPU ranks: torchrun, since accelerate launch starts one process there unless MPI is
@@ -111,14 +130,23 @@ def launch_command(ranks: Ranks, run: RunDir, arguments: Sequence[str] = (), mod
     worker = ["-m", module, str(run.path), *arguments]
     if ranks.device == "cuda":
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(run.accelerate_config)]
+        if rendezvous is not None:
+            # On the command line, since all nodes share the file.
+            launch += ["--machine_rank", str(rendezvous.node_rank), "--main_process_ip", rendezvous.host]
+            launch += ["--main_process_port", str(rendezvous.port)]
         return [sys.executable, "-P", *launch, *worker]
     if ranks.world_size > 1 or ranks.strategy not in ("single", "ddp"):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        torchrun = ["-m", "torch.distributed.run"]
+        if rendezvous is None:
+            torchrun += ["--standalone", "--local-addr=127.0.0.1"]
+        else:
+            torchrun += [f"--nnodes={ranks.nodes}", f"--node-rank={rendezvous.node_rank}"]
+            torchrun += [f"--master-addr={rendezvous.host}", f"--master-port={rendezvous.port}"]
         return [sys.executable, "-P", *torchrun, f"--nproc-per-node={ranks.processes_per_node}", *worker]
     return [sys.executable, "-P", "-u", *worker]
 
 
-def worker_environment(ranks: Ranks, hardware: Hardware) -> dict[str, str]:
+def worker_environment(ranks: Ranks, hardware: Hardware, rendezvous: Rendezvous | None = None) -> dict[str, str]:
     """The environment of the ranks: ours, without what would override the plan."""
     environment = {
         name: value
@@ -131,6 +159,9 @@ def worker_environment(ranks: Ranks, hardware: Hardware) -> dict[str, str]:
     # The working directory may hold packages named like ours (slurm/, recipes/).
     environment["PYTHONSAFEPATH"] = "1"
     environment[LAUNCHER_PID] = str(os.getpid())
+    if rendezvous is not None and rendezvous.interface is not None:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environment.setdefault(name, rendezvous.interface)
     environment.setdefault("OMP_NUM_THREADS", str(ranks.threads_per_process))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment |= strategy_environment(ranks.device, ranks.strategy, ranks.deterministic)

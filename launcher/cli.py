@@ -45,16 +45,27 @@ def cli() -> None:
 @click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
 @click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
 @click.option("--strategy", help="Same as parallel.strategy=NAME.")
+@click.option("--node-rank", type=click.IntRange(0), help="Which of several machines this is, from 0.")
+@click.option("--head", metavar="HOST:PORT", help="Where the machines meet: a host of node 0, and a free port there.")
 @click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
-def run(recipe: str, settings: tuple[str, ...], debug: bool, **flags: Any) -> None:
+def run(
+    recipe: str, settings: tuple[str, ...], debug: bool, node_rank: int | None, head: str | None, **flags: Any
+) -> None:
     """Train RECIPE, evaluate it against its baselines and write the report.
 
-    RECIPE is a shipped recipe (ticket_routing, ticket_routing/demo) or the path of a recipe.yaml.
+    RECIPE is a shipped recipe (ticket_routing, ticket_routing/demo) or the path of a recipe.yaml. On several machines
+    type the same on each, with --nodes N --head HOST:PORT and its own --node-rank.
     """
     from launcher import start
+    from launcher.nodes import place_by_hand
     from launcher.summary import print_summary
 
-    print_summary(start.run(recipe, _all_settings(settings, flags, debug), debug))
+    words = _all_settings(settings, flags, debug)
+    place = place_by_hand(flags["nodes"], node_rank, head)
+    if place is not None and place.node_rank > 0:
+        start.join(place, [recipe, *words])
+    else:
+        print_summary(start.run(recipe, words, debug, place))
 
 
 @cli.command(short_help="Go on with a run that was stopped.")

@@ -39,13 +39,16 @@ def check_deepspeed_build(strategy: str, device: str) -> None:
         )
 
 
-def check_can_start(plan: Ranks) -> None:
-    """What is planned can be started from here."""
-    if plan.nodes > 1:
+def check_can_start(plan: Ranks, nodes: int = 1) -> None:
+    """What is planned can be started from here, where `nodes` machines take part."""
+    if plan.nodes > nodes:
         raise ConfigError(
-            f"parallel.nodes is {plan.nodes}, but this command starts ranks on this machine alone: "
-            "set parallel.nodes (--nodes) to 1. `dist-train plan` shows a plan for several nodes."
+            f"parallel.nodes is {plan.nodes}, but this command starts ranks on this machine alone: type it on every "
+            "machine, with --node-rank 0, 1, ... and --head HOST:PORT of the first; or `dist-train submit` on a Slurm "
+            "cluster; or set parallel.nodes (--nodes) to 1."
         )
+    if plan.nodes < nodes:
+        raise ConfigError(f"parallel.nodes is {plan.nodes}, but {nodes} nodes take part: set --nodes {nodes}.")
     if plan.device == "cuda" and "+cpu" in importlib.metadata.version("torch"):
         raise ConfigError(
             "there are GPUs, but this torch is built for the CPU: install its CUDA build (README: which torch), or "

@@ -21,7 +21,7 @@ from types import FrameType
 
 import psutil
 
-from dist_train.errors import CrashError, ToolkitError, UnmeasuredError, error_for_code
+from dist_train.errors import CrashError, HangError, KilledError, ToolkitError, UnmeasuredError, error_for_code
 from dist_train.events import read_lines
 from dist_train.heartbeat import waited_in_vain
 from dist_train.rundir import RunDir, storage_error
@@ -83,9 +83,9 @@ class Supervisor:
         under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         heard = [number for number in _FORWARDED if not (number == signal.SIGHUP and under_nohup)]
         previous = {number: signal.signal(number, self._on_signal) for number in heard}
-        log = self.run.logs / "launcher.log"
+        self.run.events.touch()
         try:
-            with open(log, "ab") as stream:
+            with open(self.run.launcher_log, "ab") as stream:
                 # A session of its own: Ctrl-C on the terminal reaches only us, and we tell the ranks.
                 child = subprocess.Popen(
                     command,
@@ -120,6 +120,8 @@ class Supervisor:
                     return
             if (self._vanished or self._ranks.failures) and self._died_at is None:
                 self._died_at = time.monotonic()
+                if any(record["code"] == HangError.exit_code for record in self._ranks.failures):
+                    self._have_stacks_written()
             if self._died_at is not None and time.monotonic() - self._died_at > _GRACE_S:
                 return
             watch()
@@ -143,6 +145,11 @@ class Supervisor:
     def _tell_ranks(self, number: signal.Signals) -> None:
         for pid in self._ranks.pids.values():
             _kill(pid, number)
+
+    def _have_stacks_written(self) -> None:
+        """Of every rank into its own log. One that was stopped has to go on for it."""
+        self._tell_ranks(signal.SIGUSR2)
+        self._tell_ranks(signal.SIGCONT)
 
     def _kill_all(self, child: subprocess.Popen[bytes]) -> None:
         self._look()
@@ -173,7 +180,7 @@ class Supervisor:
             raise waited_in_vain(self.run, timed_out[0], timed_out)
         if self._vanished and not (self.asked_to_stop > 1):
             rank, pid = next(iter(self._vanished.items()))
-            raise CrashError(
+            raise KilledError(
                 f"rank {rank} (process {pid}) was killed from outside, without a word: out of memory, perhaps, or "
                 f"kill -9.\n{self._what_next(rank)}"
             )
@@ -187,15 +194,13 @@ class Supervisor:
             kept = "at once; the newest checkpoint is kept" if saved else "before a step was saved"
             raise _stopped(f"ended {kept}. Go on with: dist-train resume {self.run.path}")
         if returncode != 0:
-            raise CrashError(
-                f"the ranks could not be started (exit status {returncode}); see {self.run.logs / 'launcher.log'}."
-            )
+            raise CrashError(f"the ranks could not be started (exit status {returncode}); see {self.run.launcher_log}.")
 
     def _raise_cause_of_script(self, ranks: Ranks) -> None:
         """A script dies of the SIGTERM with which torchrun ends the others, so torchrun says who failed first."""
         if self.asked_to_stop:
             raise _stopped(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
-        failed_first = _FAILED_FIRST.search(_tail(self.run.logs / "launcher.log"))
+        failed_first = _FAILED_FIRST.search(_tail(self.run.launcher_log))
         if failed_first is None:
             return
         code, pid = int(failed_first[1]), int(failed_first[2])

@@ -6,6 +6,7 @@ import bdb
 import os
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import yaml
 from dist_train import config_io
 from dist_train.contradictions import refuse
 from dist_train.deepspeed_base import shown_path
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, ToolkitError
 from dist_train.events import log_event, read_lines
+from dist_train.hardware import detect_hardware
 from dist_train.heartbeat import Heartbeat
-from dist_train.rundir import RunDir, write_atomic
+from dist_train.plan import LaunchPlan
+from dist_train.rundir import ATTEMPT, RunDir, read_json, write_atomic
 from dist_train.start_run import (
     Start,
     check_deepspeed_base,
@@ -30,22 +33,30 @@ from dist_train.start_run import (
 )
 from dist_train.stop import StopFlag
 from launcher import accelerate_base
-from launcher.accelerate_config import accelerate_config, launch_command, worker_environment
+from launcher.accelerate_config import Rendezvous, accelerate_config, launch_command, worker_environment
 from launcher.measure import measure_profile
+from launcher.nodes import Place, Team, follow, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports, check_one_rank
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
 
 
-def run(recipe_name: str, overrides: list[str], debug: bool = False) -> RunDir:
-    """Train from a recipe file to the report, in a new run directory."""
+def run(recipe_name: str, overrides: list[str], debug: bool = False, place: Place | None = None) -> RunDir:
+    """Train from a recipe file to the report, in a new run directory. place: this machine's, which is node 0."""
     check_imports()
-    start = new_run(
-        recipe_name, overrides, lambda start: _check_start(start, debug), git_state(), measure=measure_profile
-    )
-    with start.directory.locked():
-        _attempt(start, debug)
+    with leading(place, [recipe_name, *overrides]) as team:
+        start = new_run(
+            recipe_name, overrides, lambda start: _check_start(start, debug, team), git_state(), measure=measure_profile
+        )
+        with start.directory.locked():
+            _attempt(start, debug, team=team)
     return start.directory
+
+
+def join(place: Place, typed: list[str]) -> None:
+    """Train what node 0 says, as another node of the launch."""
+    check_imports()
+    follow(place, _ranks_of_node, typed)
 
 
 def resume(path: str, overrides: list[str], accept: list[str], debug: bool = False) -> RunDir:
@@ -84,11 +95,11 @@ def evaluate(path: str, checkpoint: str) -> tuple[RunDir, RunDir]:
     return directory, RunDir(reported[-1])
 
 
-def _check_start(start: Start, debug: bool) -> None:
+def _check_start(start: Start, debug: bool, team: Team | None = None) -> None:
     plan = start.plan
     check_imports(plan.strategy)
     check_gpus(plan, start.hardware)
-    check_can_start(plan)
+    check_can_start(plan, 1 if team is None else team.place.nodes)
     check_deepspeed_build(plan.strategy, plan.device)
     if debug:
         check_one_rank(plan)
@@ -108,15 +119,17 @@ def _accelerate_config(start: Start) -> dict[str, Any]:
     return accelerate_base.on_top(base, ours)
 
 
-def _attempt(start: Start, debug: bool, arguments: tuple[str, ...] = ()) -> None:
+def _attempt(start: Start, debug: bool, arguments: tuple[str, ...] = (), team: Team | None = None) -> None:
     """Start the ranks once and wait for them."""
     directory, plan = start.directory, start.plan
     write_atomic(directory.accelerate_config, yaml.safe_dump(_accelerate_config(start)))
-    command = launch_command(plan, directory, arguments)
     started = "evaluation_started" if any(word.startswith("--evaluate=") for word in arguments) else "run_started"
+    command = launch_command(plan, directory, arguments)
     attempt = write_attempt(start, started, command_lines(command))
     print_plan(directory, plan)
-    environment = worker_environment(plan, start.hardware)
+    rendezvous = None if team is None else team.begin(directory, attempt, arguments)
+    command = launch_command(plan, directory, arguments, rendezvous=rendezvous)
+    environment = worker_environment(plan, start.hardware, rendezvous) | {ATTEMPT: str(attempt)}
     if debug:
         from dist_train.worker import run_rank
 
@@ -133,10 +146,46 @@ def _attempt(start: Start, debug: bool, arguments: tuple[str, ...] = ()) -> None
     last_step = min(plan.steps, start.config.train.stop_after_steps or plan.steps)
     watch = Watch(directory, plan, last_step)
     try:
-        Supervisor(directory, attempt).run_to_end(command, environment, watch)
+        _lead(Supervisor(directory, attempt), command, environment, watch, team)
     finally:
         watch.close()
     log_event(directory.events, "finished", attempt=attempt)
+
+
+def _lead(
+    supervisor: Supervisor,
+    command: list[str],
+    environment: dict[str, str],
+    watch: Callable[[], None],
+    team: Team | None,
+) -> None:
+    """Run the own ranks to their end, and where there are others, theirs. Raises the cause that explains the rest."""
+    if team is None:
+        supervisor.run_to_end(command, environment, watch)
+        return
+
+    def look() -> None:
+        watch()
+        team.look()
+
+    own: ToolkitError | None = None
+    try:
+        supervisor.run_to_end(command, environment, look)
+    except ToolkitError as error:
+        own = error
+    team.settle(own)
+
+
+def _ranks_of_node(
+    run: RunDir, attempt: int, arguments: Sequence[str], rendezvous: Rendezvous, look: Callable[[], None]
+) -> None:
+    """Start this machine's ranks of a run that node 0 leads, and wait for them."""
+    plan = LaunchPlan.from_json(read_json(run.plan))
+    check_imports(plan.strategy)
+    check_deepspeed_build(plan.strategy, plan.device)
+    command = launch_command(plan, run, arguments, rendezvous=rendezvous)
+    environment = worker_environment(plan, detect_hardware(), rendezvous) | {ATTEMPT: str(attempt)}
+    Supervisor(run, attempt).run_to_end(command, environment, look)
 
 
 def command_lines(command: list[str]) -> str:

@@ -1,0 +1,343 @@
+"""One launch on several nodes: node 0 leads, the others follow. Each starts and watches the ranks of its own machine.
+
+Before the ranks start, every node holds what it has against what node 0 says: world size, code, packages, config and
+data. Afterwards each says how its ranks ended, and node 0 what comes next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train import prepared
+from dist_train.config_io import load_run_config
+from dist_train.errors import (
+    ConfigError,
+    CrashError,
+    HangError,
+    KilledError,
+    Preempted,
+    ToolkitError,
+    error_for_code,
+)
+from dist_train.events import log_event
+from dist_train.hardware import Hardware, detect_hardware
+from dist_train.recipe import code_fingerprint, load_recipe
+from dist_train.rundir import RunDir, read_json
+from dist_train.start_run import environment_facts
+from launcher.accelerate_config import Rendezvous
+from launcher.meeting import MEETING_S, Link, Meeting, Message, call, free_port, interface_towards
+
+# How long the other nodes may take to say how their ranks ended, once those of node 0 have.
+_LAST_WORDS_S = 30.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the nodes of a launch this machine is, and where they meet."""
+
+    node_rank: int
+    nodes: int
+    host: str
+    """Of node 0, a name or an address."""
+    port: int
+
+
+def place_by_hand(nodes: int | None, node_rank: int | None, head: str | None) -> Place | None:
+    """This machine's place by the options of the command; None for one machine. ConfigError for half of them."""
+    if node_rank is None and head is None:
+        return None
+    if node_rank is None or head is None or nodes is None or nodes < 2:
+        raise ConfigError(
+            "several machines need all of --nodes N (2 or more), --node-rank R and --head HOST:PORT, on each of them."
+        )
+    host, colon, port = head.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"--head is {head}, but must be HOST:PORT, for example {socket.gethostname()}:29400.")
+    if not 0 <= node_rank < nodes:
+        raise ConfigError(f"--node-rank is {node_rank}, but {nodes} nodes have the ranks 0 to {nodes - 1}.")
+    return Place(node_rank, nodes, host, int(port))
+
+
+StartRanks = Callable[[RunDir, int, Sequence[str], Rendezvous, Callable[[], None]], None]
+"""Starts this node's ranks of an attempt, with arguments for them, and waits, calling the last argument often."""
+
+
+class Team:
+    """The nodes of a launch, as node 0 leads them."""
+
+    def __init__(self, place: Place, typed: Sequence[str]) -> None:
+        self.place = place
+        self._typed = list(typed)
+        self._meeting = Meeting(place.nodes, place.port)
+        self._ended: dict[int, Message] = {}
+
+    @property
+    def port(self) -> int:
+        return self._meeting.port
+
+    def begin(self, run: RunDir, attempt: int, arguments: Sequence[str]) -> Rendezvous:
+        """Have every node check what it has, and start. The first refusal is raised, and told to all."""
+        meeting, place = self._meeting, self.place
+        self._ended.clear()
+        meeting.wait_for_all()
+        for rank, hello in sorted(meeting.hellos.items()):
+            if hello.get("typed") != self._typed:
+                raise ConfigError(
+                    f"node {rank} ({hello['host']}) was started with other words than node 0: {hello.get('typed')}, "
+                    f"here {self._typed}. Type the same on every node, but for --node-rank."
+                )
+        facts = facts_of(run)
+        hosts = [socket.gethostname(), *(meeting.host(rank) for rank in range(1, place.nodes))]
+        each = facts["processes_per_node"]
+        shown = "; ".join(f"{host}: ranks {rank * each} to {(rank + 1) * each - 1}" for rank, host in enumerate(hosts))
+        print(f"nodes          {shown}", flush=True)
+        log_event(run.events, "nodes", attempt=attempt, hosts=hosts, ranks_each=each)
+        port = free_port()
+        order = {"run": str(run.path), "attempt": attempt, "arguments": list(arguments), "port": port, **facts}
+        meeting.tell({"order": order})
+        for rank, answer in meeting.answers(2 * MEETING_S).items():
+            if answer is None:
+                raise HangError(f"node {rank} ({meeting.host(rank)}) was lost while it checked what it has.")
+            if "refused" in answer:
+                raise error_for_code(answer["refused"])(str(answer["message"]))
+        meeting.tell({"go": True})
+        return Rendezvous(0, place.host, port, meeting.interface())
+
+    def look(self) -> None:
+        """Called often while the own ranks run. Raises what happened elsewhere, so that they are ended."""
+        for rank, message in self._meeting.news().items():
+            if message is None:
+                raise self._lost(rank)
+            self._ended[rank] = message
+            if message.get("ended") not in (0, Preempted.exit_code, CrashError.exit_code):
+                raise _error_of(message)
+            if message.get("killed"):
+                raise _error_of(message)
+
+    def settle(self, own: ToolkitError | None) -> None:
+        """When the own ranks have ended: wait for the others, and raise the cause that explains the rest."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        lost: list[ToolkitError] = []
+        while len(self._ended) + len(lost) < self.place.nodes - 1 and time.monotonic() < deadline:
+            for rank, message in self._meeting.news().items():
+                if message is not None:
+                    self._ended[rank] = message
+                elif rank not in self._ended:
+                    lost = [self._lost(rank)]
+            time.sleep(_POLL_S)
+        errors = [_error_of(message) for message in self._ended.values() if message.get("ended")]
+        errors = [error for error in (own, *errors, *lost) if error is not None]
+        if errors:
+            raise max(errors, key=_weight)
+
+    def close(self, error: BaseException | None) -> None:
+        """Tell all how it ended."""
+        code = error.exit_code if isinstance(error, ToolkitError) else 0 if error is None else CrashError.exit_code
+        self._meeting.tell({"end": code, "message": str(error or "")})
+        time.sleep(_POLL_S)
+        self._meeting.close()
+
+    def _lost(self, rank: int) -> ToolkitError:
+        return HangError(
+            f"node {rank} ({self._meeting.host(rank)}) is gone: its launcher ended, or it cannot be reached any more."
+        )
+
+
+@contextlib.contextmanager
+def leading(place: Place | None, typed: Sequence[str]) -> Iterator[Team | None]:
+    """The team of node 0, which hears of the end however it comes. None for one node. typed: see `follow`."""
+    if place is None:
+        yield None
+        return
+    team = Team(place, typed)
+    try:
+        yield team
+    except BaseException as error:
+        team.close(error)
+        raise
+    team.close(None)
+
+
+def follow(place: Place, start_ranks: StartRanks, typed: Sequence[str]) -> None:
+    """Do what node 0 says, to the end that it names. typed: what is to be run, as node 0 must have it too."""
+    host = socket.gethostname()
+    hello = {"node_rank": place.node_rank, "nodes": place.nodes, "host": host, "typed": list(typed)}
+    link = call(place.host, place.port, hello)
+    print(f"node {place.node_rank} ({host}) waits for node 0 at {place.host}:{place.port}", flush=True)
+    order: dict[str, Any] = {}
+    try:
+        while True:
+            message = _next(link, place)
+            if "order" in message:
+                order = message["order"]
+                link.send(_checked(order, place))
+            elif "go" in message:
+                link.send(_one_attempt(order, place, link, start_ranks))
+            elif "refused" in message:
+                raise error_for_code(message["refused"])(str(message["message"]))
+            elif message.get("end"):
+                raise error_for_code(message["end"])(f"node 0 ended it: {message['message']}")
+            else:
+                return
+    finally:
+        link.close()
+
+
+def facts_of(run: RunDir) -> dict[str, Any]:
+    """What every node must have alike."""
+    is_recipe = run.config.is_file()
+    plan = read_json(run.plan)
+    facts: dict[str, Any] = {
+        "world_size": plan["world_size"],
+        "device": plan["device"],
+        "processes_per_node": plan["processes_per_node"],
+        "packages": _packages(),
+        "plan": hashlib.sha256(run.plan.read_bytes()).hexdigest(),
+        "config": hashlib.sha256(run.config.read_bytes()).hexdigest() if is_recipe else None,
+    }
+    if is_recipe:
+        facts["code"] = code_fingerprint(load_recipe(load_run_config(run).recipe).source_files())
+        facts["data"] = read_json(run.data_facts)["fingerprint"]
+    else:
+        script = Path(plan["command"][0])
+        facts["code"] = code_fingerprint([script] if script.is_file() else [])
+        facts["data"] = None
+    return facts
+
+
+def _checked(order: dict[str, Any], place: Place) -> Message:
+    """This node's answer to an order."""
+    try:
+        _check(order, place, detect_hardware())
+    except ToolkitError as error:
+        return {"refused": error.exit_code, "message": str(error)}
+    except Exception as error:
+        return {"refused": CrashError.exit_code, "message": f"{_me(place)}: {type(error).__name__}: {error}"}
+    return {"ready": True}
+
+
+def _check(order: dict[str, Any], place: Place, hardware: Hardware) -> None:
+    """ConfigError for what this node has otherwise than node 0; files may take a while to become visible."""
+    run = RunDir(order["run"])
+    deadline = time.monotonic() + MEETING_S * 0.8
+    while not _is_visible(run, order):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{_me(place)} cannot see {run.path} as node 0 has written it: output_dir must lie on a file system "
+                "that all nodes share."
+            )
+        time.sleep(_POLL_S)
+    have = facts_of(run)
+    for name, what, cure in (
+        ("world_size", "another world size", "start every node with the same --nodes and --gpus-per-node"),
+        ("code", "other code", "install the same version of the toolkit and of the recipe on every node"),
+        ("packages", "other packages", "use one environment on all nodes"),
+        ("data", "other data", "prepare it where all nodes see it (data.cache_dir)"),
+    ):
+        if have[name] != order[name]:
+            raise ConfigError(f"{_me(place)} has {what} than node 0 ({_difference(have[name], order[name])}): {cure}.")
+    if have["data"] is not None:
+        _check_prepared(run, have["data"], place, deadline)
+    device = "cuda" if hardware.gpus else "cpu"
+    if device != order["device"]:
+        raise ConfigError(f"{_me(place)} would train on {device}, but node 0 on {order['device']}: they must be alike.")
+    if hardware.gpus and len(hardware.gpus) < order["processes_per_node"]:
+        raise ConfigError(
+            f"{_me(place)} has {len(hardware.gpus)} GPUs, but the plan has {order['processes_per_node']} a node: lower "
+            "parallel.processes_per_node (--gpus-per-node), or leave the node out."
+        )
+
+
+def _check_prepared(run: RunDir, fingerprint: str, place: Place, deadline: float) -> None:
+    folder = Path(read_json(run.data_facts)["folder"])
+    while not prepared.is_whole(folder):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{_me(place)} cannot see the prepared data {folder}: data.cache_dir must lie on a file system that "
+                "all nodes share."
+            )
+        time.sleep(_POLL_S)
+    found = prepared.load_facts(folder)["fingerprint"]
+    if found != fingerprint:
+        raise ConfigError(
+            f"{_me(place)} has other data than node 0 in {folder} (fingerprint {found[:12]}, there "
+            f"{fingerprint[:12]}): data.cache_dir must be the same folder on all nodes."
+        )
+
+
+def _is_visible(run: RunDir, order: dict[str, Any]) -> bool:
+    try:
+        plan = hashlib.sha256(run.plan.read_bytes()).hexdigest()
+        config = None if order["config"] is None else hashlib.sha256(run.config.read_bytes()).hexdigest()
+    except OSError:
+        return False
+    return (plan, config) == (order["plan"], order["config"])
+
+
+def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: StartRanks) -> Message:
+    """Start the own ranks and wait for them. Returns how it ended."""
+    run = RunDir(order["run"], place.node_rank)
+
+    def look() -> None:
+        with contextlib.suppress(TimeoutError):
+            message = link.receive(0)
+            if message is None:
+                raise HangError("node 0 is gone: its launcher ended, or it cannot be reached any more.")
+            raise error_for_code(message.get("end") or CrashError.exit_code)(f"node 0: {message.get('message')}")
+
+    rendezvous = Rendezvous(place.node_rank, place.host, order["port"], interface_towards(place.host))
+    try:
+        start_ranks(run, order["attempt"], order["arguments"], rendezvous, look)
+    except ToolkitError as error:
+        killed = isinstance(error, KilledError)
+        return {"ended": error.exit_code, "message": f"{_me(place)}: {error}", "killed": killed}
+    return {"ended": 0}
+
+
+def _next(link: Link, place: Place) -> Message:
+    """Wait for node 0; it may prepare data for long, but it is never silent."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            message = link.receive(1.0)
+            if message is None:
+                raise HangError(f"{_me(place)}: node 0 is gone: its launcher ended, or it cannot be reached any more.")
+            return message
+
+
+def _error_of(message: Message) -> ToolkitError:
+    kind = KilledError if message.get("killed") else error_for_code(int(message["ended"]))
+    return kind(str(message["message"]))
+
+
+def _weight(error: ToolkitError) -> int:
+    """What explains most: a cause that a rank named, a rank that was killed, a node that is gone, a lost connection."""
+    if isinstance(error, KilledError):
+        return 3
+    if isinstance(error, HangError):
+        return 2
+    return {CrashError.exit_code: 1, Preempted.exit_code: 0}.get(error.exit_code, 4)
+
+
+def _packages() -> dict[str, str | None]:
+    versions: dict[str, str | None] = environment_facts(Hardware("", "", 1, 0.0), None, None)["versions"]
+    return versions
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return ", ".join(
+            f"{name} {mine[name]}, there {theirs.get(name)}" for name in mine if mine[name] != theirs.get(name)
+        )
+    return f"{str(mine)[:12]}, there {str(theirs)[:12]}"
+
+
+def _me(place: Place) -> str:
+    return f"node {place.node_rank} ({socket.gethostname()})"

@@ -23,6 +23,18 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+# What `slurm` holds goes into #SBATCH lines and into one shell script: each kind of value allows only what can mean
+# nothing else there.
+# One word that sbatch, bash and squeue all read as it is; no leading dash, no blank, no quote, no $ and no backtick.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%+=/\[\]-]*$", max_length=512)]
+# Constraints also have operators.
+Constraint = Annotated[str, Field(pattern=r"^[A-Za-z0-9_(\[][A-Za-z0-9_.,:@+=*&|()\[\]-]*$", max_length=512)]
+Time = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,4}(:\d{1,2}){0,2}$")]
+Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
+# A line of the script as the site wants it: any characters but a line end or another control character.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=2000)]
+SbatchLine = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?$", max_length=2000)]
+
 
 def path_field(default: Any, hub_name: bool = False, **options: Any) -> Any:
     """A field that holds one or several local paths: `~` and `$VARS` expand, and a relative path is taken
@@ -220,6 +232,76 @@ class TrackConfig(Section):
     """What leaves the machine: metrics alone, also per-class tables, or also the report."""
 
 
+class SlurmConfig(Section):
+    account: Word | None = None
+    """Account that is charged."""
+    partition: Word | None = None
+    """Partition; null takes the cluster's default."""
+    qos: Word | None = None
+    """Quality of service."""
+    time: Time | None = None
+    """Time limit as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS; null takes the partition's own."""
+    constraint: Constraint | None = None
+    """Features that every node must have, for example `a100&nvlink`."""
+    memory: Memory | None = None
+    """Memory of each node, for example 64G; 0 is all of it; null takes the partition's own."""
+    cpus_per_node: Positive | None = None
+    """CPU cores of each node for all its ranks; null takes the partition's own."""
+    nodelist: Word | None = None
+    """Nodes to use, for example n[01-04]."""
+    exclude: Word | None = None
+    """Nodes not to use."""
+    exclusive: Flag = False
+    """Share the nodes with no other job."""
+    reservation: Word | None = None
+    """Reservation."""
+    mail_user: Word | None = None
+    """Address that is told of begin, end and failure."""
+    dependency: Word | None = None
+    """Jobs to wait for, as sbatch writes them, for example afterok:1234."""
+    gpus: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    """How GPUs are asked for. none: not at all, on a cluster of CPUs, or where a whole node is given."""
+    gpu_type: Word | None = None
+    """Type of GPU to ask for, for example a100."""
+    gpu_memory: str | None = Field(default=None, pattern=r"^\d+(\.\d+)?(GiB|GB|G)$")
+    """Memory of one GPU there, for example 80GiB: what the plan is made for; null plans as for this machine."""
+    extra: list[SbatchLine] = []
+    """More options of sbatch, each as `--name=value`; one that the script has already is replaced."""
+    modules: list[Word] = []
+    """Environment modules to load."""
+    setup: list[Line] = []
+    """Lines of shell that run on the first node before anything else, for example `source ~/env/bin/activate`."""
+    environment: dict[str, Line] = {}
+    """Variables for the ranks."""
+    python: str | None = None
+    """Python of the nodes; null takes the one that submits."""
+    container_image: Line | None = None
+    """Container to run in: an image file or address."""
+    container: Literal["pyxis", "apptainer"] = "pyxis"
+    """What runs the container."""
+    container_mounts: list[Word] = []
+    """Folders that the container sees beside the run's own, as FROM:TO."""
+    stop_early_s: Annotated[int, Field(ge=10, le=3600)] = 120
+    """So long before the time limit the step under way is ended and saved, and the job requeues itself."""
+    requeues: Annotated[int, Field(ge=0, le=1000)] = 50
+    """How often a job may start again after a time limit, a preemption or a lost node."""
+    restarts: Annotated[int, Field(ge=0, le=100)] = 3
+    """How often ranks that crashed or hang are started again within the job without a checkpoint in between."""
+
+    @model_validator(mode="after")
+    def _variables_have_names(self) -> Self:
+        for name in self.environment:
+            if not name.isidentifier() or not name.isascii():
+                raise ValueError(f"slurm.environment names {name!r}: a variable has letters, digits and _ alone")
+        return self
+
+    @model_validator(mode="after")
+    def _type_needs_a_form(self) -> Self:
+        if self.gpu_type is not None and self.gpus == "none":
+            raise ValueError("slurm.gpu_type is given, but slurm.gpus is none: set it to gres or gpus-per-node")
+        return self
+
+
 class RunConfig(Section):
     recipe: str
     """The recipe package that reads the data, builds the model and scores it."""
@@ -243,6 +325,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     track: TrackConfig = TrackConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _compile_needs_whole_blocks(self) -> Self:

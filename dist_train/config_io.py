@@ -32,6 +32,7 @@ RESUMABLE = (
     "parallel.*",
     "checkpoint.*",
     "track.*",
+    "slurm.*",
     "train.stop_after_steps",
     "train.micro_batch_size",
     "train.activation_checkpointing",
@@ -325,6 +326,8 @@ def _explain(entry: Any, given: Mapping[str, Given], keys: Mapping[str, Key]) ->
         return source + str(entry["ctx"]["error"])
     if not name:
         return f"{'.'.join(place)} is missing." if entry["type"] == "missing" else str(entry["msg"])
+    if entry["type"] == "string_pattern_mismatch" and name != "name":
+        return f"{source}{name} is {entry['input']!r}, but must match {entry['ctx']['pattern']}."
     if entry["type"] == "string_pattern_mismatch":
         return f"{source}{name} is '{entry['input']}', but only letters, digits, '.', '_' and '-' are allowed."
     shown = show(given[name].node) if name in given else entry["input"]

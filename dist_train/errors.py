@@ -67,6 +67,10 @@ class CrashError(ToolkitError):
     title = "a worker crashed"
 
 
+class NodeLostError(HangError):
+    """A whole node is gone: its ranks cannot be started again from here."""
+
+
 class KilledError(CrashError):
     """A rank died without a word: what the others then say of it is no cause."""
 

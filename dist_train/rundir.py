@@ -58,6 +58,10 @@ class RunDir:
         self.deepspeed_config = self.path / "deepspeed.json"
         self.heartbeats = self.path / ".heartbeats"
         self.wandb_id = self.path / "wandb_id"
+        self.code = self.path / "code"
+        self.job = self.path / "job.json"
+        self.job_script = self.path / "job.sh"
+        self.head = self.path / ".head.json"
         self._lock_file = self.path / ".lock"
 
     @property

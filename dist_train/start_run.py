@@ -71,11 +71,13 @@ def new_run(
     world_size: int | None = None,
     adapt: Callable[[Loaded], Loaded] = lambda loaded: loaded,
     measure: Measure | None = None,
+    hardware: Hardware | None = None,
 ) -> Start:
     """Make the run directory of a recipe. The caller says what else must hold, and writes the attempt.
 
     git: the state of the code, for the record. world_size, adapt: where somebody else has started the ranks already,
-    their number, and what that decides. measure: how a model is measured for its memory.
+    their number, and what that decides. measure: how a model is measured for its memory. hardware: what is planned
+    for, if it is not this machine's.
     """
     loaded = adapt(config_io.load(recipe_name, overrides))
     directory = free_directory(loaded.config)
@@ -87,7 +89,7 @@ def new_run(
     facts = prepare_data(config, recipe, loaded.sources)
     if not recipe.is_shipped:
         recipe.make_task(config, Path(facts["folder"]))  # what it lacks is said before there is a directory
-    start = _planned(directory, config, loaded.sources, facts, world_size, measure)
+    start = _planned(directory, config, loaded.sources, facts, world_size, measure, hardware)
     check(start)
     create_directory(start, facts, git)
     return start
@@ -344,9 +346,10 @@ def _planned(
     facts: dict[str, Any],
     world_size: int | None,
     measure: Measure | None,
+    hardware: Hardware | None = None,
 ) -> Start:
     """On a GPU the plan judges memory, with a model that is measured where it has not been; on a CPU, where it has."""
-    hardware = detect_hardware()
+    hardware = hardware or detect_hardware()
     device = "cuda" if hardware.gpus else "cpu"
     recipe = load_recipe(config.recipe)
     known = model_facts(config, recipe, facts, device, measure if hardware.gpus else None)

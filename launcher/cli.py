@@ -88,6 +88,37 @@ def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], deb
     print_summary(start.resume(run_dir, _all_settings(settings, flags, debug), list(accept), debug))
 
 
+@cli.command(short_help="Train a recipe on a Slurm cluster.")
+@click.argument("recipe", shell_complete=complete.recipes)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
+@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
+@click.option("--strategy", help="Same as parallel.strategy=NAME.")
+@click.option("--after", metavar="RUN", help="Start when the job of this run has ended well.")
+@click.option("--dry-run", "is_dry", is_flag=True, help="Print the script, and do nothing.")
+def submit(recipe: str, settings: tuple[str, ...], after: str | None, is_dry: bool, **flags: Any) -> None:
+    """Check and plan RECIPE for the cluster, copy the code into the run directory, and submit one job.
+
+    The job saves and requeues itself at its time limit and when it is preempted, until the report is written. What the
+    cluster is asked for is in the keys slurm.*, best set once in the site file.
+    """
+    from launcher.submit import submit_recipe
+
+    submit_recipe(recipe, _all_settings(settings, flags), is_dry, after)
+
+
+@cli.command(hidden=True)
+@click.argument("run_dir")
+def node(run_dir: str) -> None:
+    """Train the submitted run on this node of its Slurm job."""
+    from launcher.job import run_node
+    from launcher.summary import print_summary
+
+    run = run_node(run_dir)
+    if run is not None:
+        print_summary(run)
+
+
 @cli.command(
     short_help="Start your own training script.",
     context_settings={"allow_interspersed_args": False},

@@ -22,6 +22,7 @@ from dist_train.errors import (
     CrashError,
     HangError,
     KilledError,
+    NodeLostError,
     Preempted,
     ToolkitError,
     error_for_code,
@@ -105,7 +106,7 @@ class Team:
         meeting.tell({"order": order})
         for rank, answer in meeting.answers(2 * MEETING_S).items():
             if answer is None:
-                raise HangError(f"node {rank} ({meeting.host(rank)}) was lost while it checked what it has.")
+                raise NodeLostError(f"node {rank} ({meeting.host(rank)}) was lost while it checked what it has.")
             if "refused" in answer:
                 raise error_for_code(answer["refused"])(str(answer["message"]))
         meeting.tell({"go": True})
@@ -146,19 +147,25 @@ class Team:
         self._meeting.close()
 
     def _lost(self, rank: int) -> ToolkitError:
-        return HangError(
+        return NodeLostError(
             f"node {rank} ({self._meeting.host(rank)}) is gone: its launcher ended, or it cannot be reached any more."
         )
 
 
 @contextlib.contextmanager
-def leading(place: Place | None, typed: Sequence[str]) -> Iterator[Team | None]:
-    """The team of node 0, which hears of the end however it comes. None for one node. typed: see `follow`."""
+def leading(
+    place: Place | None, typed: Sequence[str], announce: Callable[[int], None] = lambda port: None
+) -> Iterator[Team | None]:
+    """The team of node 0, which hears of the end however it comes. None for one node.
+
+    typed: see `follow`. announce: is told the port where the others are awaited.
+    """
     if place is None:
         yield None
         return
     team = Team(place, typed)
     try:
+        announce(team.port)
         yield team
     except BaseException as error:
         team.close(error)
@@ -290,7 +297,7 @@ def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: S
         with contextlib.suppress(TimeoutError):
             message = link.receive(0)
             if message is None:
-                raise HangError("node 0 is gone: its launcher ended, or it cannot be reached any more.")
+                raise NodeLostError("node 0 is gone: its launcher ended, or it cannot be reached any more.")
             raise error_for_code(message.get("end") or CrashError.exit_code)(f"node 0: {message.get('message')}")
 
     rendezvous = Rendezvous(place.node_rank, place.host, order["port"], interface_towards(place.host))
@@ -308,7 +315,9 @@ def _next(link: Link, place: Place) -> Message:
         with contextlib.suppress(TimeoutError):
             message = link.receive(1.0)
             if message is None:
-                raise HangError(f"{_me(place)}: node 0 is gone: its launcher ended, or it cannot be reached any more.")
+                raise NodeLostError(
+                    f"{_me(place)}: node 0 is gone: its launcher ended, or it cannot be reached any more."
+                )
             return message
 
 

@@ -33,7 +33,7 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     """Print it all. The data is read and prepared, the model is measured once, nothing is started."""
     loaded = config_io.load(recipe_name, overrides)
     config = loaded.config
-    hardware = detect_hardware() if gpu_memory is None else _imagined(config, gpu_memory)
+    hardware = detect_hardware() if gpu_memory is None else imagined_hardware(config, gpu_memory)
     check_imports()
     print(config_io.dump(config, loaded.sources, config.name or "not named yet"))
     recipe = load_recipe(config.recipe)
@@ -50,7 +50,7 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     print_plan(None, plan)
 
 
-def _imagined(config: RunConfig, gpu_memory: str) -> Hardware:
+def imagined_hardware(config: RunConfig, gpu_memory: str) -> Hardware:
     """The hardware that was asked about: GPUs of this memory, as many as parallel.processes_per_node."""
     match = _SIZE.fullmatch(gpu_memory.strip())
     if match is None:

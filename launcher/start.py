@@ -15,7 +15,7 @@ import yaml
 from dist_train import config_io
 from dist_train.contradictions import refuse
 from dist_train.deepspeed_base import shown_path
-from dist_train.errors import ConfigError, ToolkitError
+from dist_train.errors import ConfigError, CrashError, HangError, NodeLostError, ToolkitError
 from dist_train.events import log_event, read_lines
 from dist_train.hardware import detect_hardware
 from dist_train.heartbeat import Heartbeat
@@ -51,6 +51,33 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False, place: Plac
         with start.directory.locked():
             _attempt(start, debug, team=team)
     return start.directory
+
+
+def train_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
+    """Begin or go on with a run that was submitted; the caller holds its directory. Ranks that crash or hang are
+    started again, at most slurm.restarts times without a new checkpoint."""
+    with leading(place, [str(directory.path)], announce) as team:
+        start = known_run(directory, [], [], lambda start: _check_start(start, False, team), measure=measure_profile)
+        left = start.config.slurm.restarts
+        while True:
+            before = _last_step(directory)
+            try:
+                return _attempt(start, False, team=team)
+            except NodeLostError:
+                raise  # the job starts again, on nodes that live
+            except (CrashError, HangError) as error:
+                step = _last_step(directory)
+                left = start.config.slurm.restarts if step > before else left
+                if left == 0:
+                    raise
+                left -= 1
+                print(f"\n{error.title}: {error}\nstarting the ranks again, from step {step}", flush=True)
+                log_event(directory.events, "restarting", step=step, message=str(error))
+
+
+def _last_step(directory: RunDir) -> int:
+    lines = read_lines(directory.events)
+    return max((int(line["step"]) for line in lines if line["event"] == "checkpoint_committed"), default=0)
 
 
 def join(place: Place, typed: list[str]) -> None:
@@ -104,6 +131,11 @@ def _check_start(start: Start, debug: bool, team: Team | None = None) -> None:
     if debug:
         check_one_rank(plan)
     check_deepspeed_base(start)
+    check_accelerate_base(start)
+
+
+def check_accelerate_base(start: Start) -> None:
+    """ConfigError for what contradicts the recipe in the user's own Accelerate YAML."""
     _accelerate_config(start)
 
 

@@ -1,0 +1,196 @@
+"""dist-train submit: check and plan for the cluster, copy the code, write one sbatch script, hand it in."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_train import config_io
+from dist_train.config import RunConfig, SlurmConfig
+from dist_train.errors import BusyError, ConfigError
+from dist_train.hardware import Hardware, detect_hardware
+from dist_train.recipe import load_recipe
+from dist_train.rundir import RunDir, read_json, write_atomic, write_json
+from dist_train.start_run import Start, check_deepspeed_base, new_run, print_plan
+from launcher.measure import measure_profile
+from launcher.preflight import check_imports
+from launcher.show_plan import imagined_hardware
+from launcher.snapshot import snapshot
+from launcher.start import check_accelerate_base, git_state
+from slurm import client
+from slurm.script import Job, render
+
+_ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
+    "UNKNOWN",
+)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of the cluster for one run."""
+
+    nodes: int
+    per_node: int
+    """GPUs, or CPU ranks."""
+    slurm: SlurmConfig
+
+    @property
+    def gpus(self) -> int:
+        return 0 if self.slurm.gpus == "none" else self.per_node
+
+
+def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: str | None) -> RunDir | None:
+    """Make the run of a recipe and submit it. Returns it; None where it was only shown."""
+    check_imports()
+    dependency = None if after is None else dependency_on(after)
+    config = config_io.load(recipe_name, overrides).config
+    wish = _wish(config)
+    if is_dry:
+        directory = RunDir(config.output_dir / (config.name or "NAME"))
+        print(script_of(directory, wish, dependency), end="")
+        return None
+    hardware = _cluster_hardware(config, wish)
+    start = new_run(recipe_name, overrides, _check, git_state(), measure=measure_profile, hardware=hardware)
+    directory = start.directory
+    with _removed_on_failure(directory):
+        own = None if load_recipe(start.config.recipe).is_shipped else Path(start.config.recipe)
+        copied = snapshot(directory.code, own if own is not None and own.is_absolute() else None)
+        if copied["project"] is not None:
+            moved = start.config.model_copy(update={"recipe": copied["project"]})
+            write_atomic(directory.config, config_io.dump(moved, start.settings.sources, directory.name))
+        print_plan(directory, start.plan)
+        hand_in(directory, wish, dependency)
+    return directory
+
+
+def hand_in(directory: RunDir, wish: Wish, dependency: str | None = None) -> str:
+    """Write the script into the run directory and submit it. Returns the job's id."""
+    write_atomic(directory.job_script, script_of(directory, wish, dependency))
+    earlier = read_json(directory.job)["jobs"] if directory.job.is_file() else []
+    job_id = client.submit(directory.job_script)
+    write_json(directory.job, {"jobs": [*earlier, job_id], "submitted": round(time.time(), 3)})
+    print(f"job            {job_id}: {directory.job_script}")
+    print(f"follow it      dist-train status {directory.path}, dist-train logs -f {directory.path}", flush=True)
+    return job_id
+
+
+def script_of(directory: RunDir, wish: Wish, dependency: str | None = None) -> str:
+    python = wish.slurm.python or sys.executable
+    return render(
+        Job(
+            name=directory.name,
+            nodes=wish.nodes,
+            gpus_per_node=wish.gpus,
+            code=directory.code,
+            command=(python, "-P", "-u", "-m", "launcher", "node", str(directory.path)),
+            log=directory.logs / "slurm-%j.log",
+            dependency=dependency,
+        ),
+        wish.slurm,
+    )
+
+
+def resubmit(path: str, overrides: list[str]) -> RunDir:
+    """Submit a run again that was submitted before and is no more. BusyError while its job waits or runs."""
+    directory = RunDir.existing(path)
+    job = newest_job(directory)
+    state = client.job_state(job)
+    if state.state not in _ENDED:
+        raise BusyError(f"the job {job} of {directory.path} is {state.state}: nothing was touched. Stop it with "
+                        f"dist-train cancel {directory.path}, or wait.")  # fmt: skip
+    config = config_io.load_run_config(directory)
+    if overrides:
+        sources = config_io.recorded_sources(directory)
+        changed = dict.fromkeys((text.partition("=")[0] for text in overrides), "command line, on resume")
+        config = config_io.resume_overrides(config, overrides)
+        write_atomic(directory.config, config_io.dump(config, sources | changed, directory.name))
+    wish = _wish(config)
+    hand_in(directory, wish)
+    return directory
+
+
+def newest_job(directory: RunDir) -> str:
+    jobs: list[str] = read_json(directory.job)["jobs"]
+    return jobs[-1]
+
+
+def dependency_on(run: str) -> str:
+    """The dependency of a job that is to start when the run at this path has gone well."""
+    directory = RunDir(run)
+    if not directory.job.is_file():
+        raise ConfigError(f"--after is {run}, which was not submitted to Slurm: it has no {directory.job.name}.")
+    return f"afterok:{newest_job(directory)}"
+
+
+def check_room(wish: Wish) -> None:
+    """ConfigError when the partition can never give what is asked for, with what it has."""
+    found = {partition.name: partition for partition in client.partitions()}
+    asked = wish.slurm.partition
+    name = asked or next((partition.name for partition in found.values() if partition.is_default), None)
+    if name is None or name not in found:
+        what = f"slurm.partition is {asked}" if asked else "slurm.partition is null and the cluster has no default"
+        raise ConfigError(f"{what}: the cluster has {', '.join(sorted(found)) or 'no partition'}.")
+    partition = found[name]
+    time_asked = 0 if wish.slurm.time is None else client.minutes(wish.slurm.time)
+    problems = []
+    if not partition.is_up:
+        problems.append(f"the partition {name} is not up")
+    for key, wanted, there in (
+        ("parallel.nodes (--nodes)", wish.nodes, partition.nodes),
+        ("parallel.processes_per_node (--gpus-per-node)", wish.gpus, partition.gpus_per_node),
+        ("slurm.cpus_per_node", wish.slurm.cpus_per_node or 0, partition.cpus_per_node),
+        ("slurm.time, in minutes,", time_asked, partition.most_minutes),
+    ):
+        if wanted > there:
+            problems.append(f"{key} is {wanted}, but the partition {name} has {there}")
+    if problems:
+        raise ConfigError("; ".join(problems) + ". Ask for less, or for another slurm.partition.")
+
+
+def _wish(config: RunConfig) -> Wish:
+    """What the config asks for, if the cluster has it."""
+    per_node = config.parallel.processes_per_node
+    if per_node is None:
+        raise ConfigError("parallel.processes_per_node is null: say how many ranks each node has, --gpus-per-node K.")
+    wish = Wish(config.parallel.nodes, per_node, config.slurm)
+    check_room(wish)
+    return wish
+
+
+def _cluster_hardware(config: RunConfig, wish: Wish) -> Hardware:
+    """What the plan is made for."""
+    here = detect_hardware()
+    if wish.slurm.gpus == "none":
+        cores = wish.slurm.cpus_per_node or wish.per_node
+        return Hardware("cluster", "not known", cores, here.memory_gib)
+    if wish.slurm.gpu_memory is not None:
+        return imagined_hardware(config, wish.slurm.gpu_memory)
+    if not here.gpus:
+        raise ConfigError(
+            "slurm.gpu_memory is null, and this machine has no GPU to plan for: set it to the memory of one GPU there, "
+            "for example 80GiB, or set slurm.gpus to none on a cluster of CPUs."
+        )
+    return here
+
+
+def _check(start: Start) -> None:
+    check_imports(start.plan.strategy)
+    check_deepspeed_base(start)
+    check_accelerate_base(start)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(directory: RunDir) -> Iterator[None]:
+    """The directory goes again when what follows fails: nothing was trained, and its name is to be free."""
+    try:
+        yield
+    except BaseException:
+        if not directory.job.is_file():
+            shutil.rmtree(directory.path, ignore_errors=True)
+        raise

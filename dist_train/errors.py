@@ -75,6 +75,13 @@ class KilledError(CrashError):
     """A rank died without a word: what the others then say of it is no cause."""
 
 
+class StoppedError(ToolkitError):
+    """Ended by a signal before all was saved."""
+
+    exit_code = 130
+    title = "stopped"
+
+
 class Preempted(ToolkitError):  # noqa: N818 - not an error: everything was saved
     exit_code = 75
     title = "stopped and saved"

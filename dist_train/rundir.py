@@ -62,6 +62,7 @@ class RunDir:
         self.job = self.path / "job.json"
         self.job_script = self.path / "job.sh"
         self.head = self.path / ".head.json"
+        self.head_pid = self.path / ".head.pid"
         self._lock_file = self.path / ".lock"
 
     @property
@@ -138,6 +139,14 @@ class RunDir:
             yield
         finally:
             os.close(descriptor)
+
+    def holder(self) -> tuple[int, str] | None:
+        """Process and host that hold the directory, or held it last."""
+        try:
+            _, pid, _, host = self._lock_file.read_text(errors="replace").split()
+            return int(pid), host
+        except (OSError, ValueError):
+            return None
 
     def is_locked(self) -> bool:
         """Whether a live run of another process holds the directory; takes no lock itself."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 # Whoever stops a whole process group reaches a rank two or three times: directly, through the launcher and torchrun.
-_ONE_WISH_S = 5.0
+ONE_WISH_S = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -43,5 +43,5 @@ class StopFlag:
         if self.signal_name is None:
             self.signal_name = signal.Signals(number).name
             self._set_at = time.monotonic()
-        elif time.monotonic() - self._set_at > _ONE_WISH_S:
+        elif time.monotonic() - self._set_at > ONE_WISH_S:
             os._exit(128 + number)

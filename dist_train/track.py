@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -146,6 +147,8 @@ def _open_wandb(run: RunDir, config: RunConfig, mode: str) -> Any:
         config=flatten(config),
         settings=wandb.Settings(init_timeout=_init_timeout_s(), silent=True, disable_git=True, console="off"),
     )
+    # The service that W&B starts inherits what is blocked: whoever ends a whole job must not end it before us.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
     try:
         return start(mode=cast(Any, mode))
     except Exception as error:  # no host answers, or the key is wrong
@@ -153,3 +156,5 @@ def _open_wandb(run: RunDir, config: RunConfig, mode: str) -> Any:
             raise
         log_event(run.events, "tracking_offline", message=str(error))
         return start(mode="offline")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -107,6 +107,35 @@ def submit(recipe: str, settings: tuple[str, ...], after: str | None, is_dry: bo
     submit_recipe(recipe, _all_settings(settings, flags), is_dry, after)
 
 
+@cli.command(short_help="How far a run is, and why it ended.")
+@click.argument("run_dir", shell_complete=complete.runs)
+def status(run_dir: str) -> None:
+    """State, step, loss, rate, time left, starts, newest checkpoint, and the cause of the last end in words."""
+    from launcher.status import print_status
+
+    print_status(run_dir)
+
+
+@cli.command(short_help="What a run has said.")
+@click.argument("run_dir", shell_complete=complete.runs)
+@click.option("-f", "--follow", "follows", is_flag=True, help="Go on printing while the run goes on.")
+@click.option("--rank", type=click.IntRange(0), help="The log of this rank; else that of the job, or of rank 0.")
+def logs(run_dir: str, follows: bool, rank: int | None) -> None:
+    """Print the output of RUN_DIR's job, or of one of its ranks."""
+    from launcher.status import print_logs
+
+    print_logs(run_dir, rank, follows)
+
+
+@cli.command(short_help="End a run.")
+@click.argument("run_dir", shell_complete=complete.runs)
+def cancel(run_dir: str) -> None:
+    """End RUN_DIR, on this machine or on Slurm, where it is not requeued. What is saved stays; `resume` goes on."""
+    from launcher.status import cancel as end
+
+    end(run_dir)
+
+
 @cli.command(hidden=True)
 @click.argument("run_dir")
 def node(run_dir: str) -> None:

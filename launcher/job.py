@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 
 from dist_train.errors import BusyError, ConfigError, StorageError
-from dist_train.rundir import RunDir, read_json, write_json
+from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from launcher import start
 from launcher.meeting import MEETING_S
 from launcher.nodes import Place
@@ -40,6 +41,7 @@ def run_node(path: str) -> RunDir | None:
 
 def _lead(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> RunDir:
     with _held(directory):
+        write_atomic(directory.head_pid, f"{os.getpid()}\n")
         start.train_in_job(directory, place, announce)
     return directory
 

@@ -21,10 +21,18 @@ from types import FrameType
 
 import psutil
 
-from dist_train.errors import CrashError, HangError, KilledError, ToolkitError, UnmeasuredError, error_for_code
+from dist_train.errors import (
+    CrashError,
+    HangError,
+    KilledError,
+    StoppedError,
+    UnmeasuredError,
+    error_for_code,
+)
 from dist_train.events import read_lines
 from dist_train.heartbeat import waited_in_vain
 from dist_train.rundir import RunDir, storage_error
+from dist_train.stop import ONE_WISH_S
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
@@ -72,6 +80,7 @@ class Supervisor:
         self.attempt = attempt
         self.own_script = own_script
         self.asked_to_stop = 0
+        self._asked_at = -ONE_WISH_S
         self._events_size = -1
         self._ranks = Ranks()
         self._vanished: dict[int, int] = {}
@@ -158,7 +167,11 @@ class Supervisor:
         child.wait()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop += 1
+        # Whoever ends a whole job sends TERM to all of its processes, and may send it twice. Ctrl-C is typed.
+        is_echo = number != signal.SIGINT and time.monotonic() - self._asked_at < ONE_WISH_S
+        self._asked_at = time.monotonic()
+        if not is_echo:
+            self.asked_to_stop += 1
 
     def _raise_cause(self, returncode: int) -> None:
         ranks = read_ranks(self.run, self.attempt)
@@ -180,26 +193,32 @@ class Supervisor:
             raise waited_in_vain(self.run, timed_out[0], timed_out)
         if self._vanished and not (self.asked_to_stop > 1):
             rank, pid = next(iter(self._vanished.items()))
+            if self.asked_to_stop:
+                raise StoppedError(
+                    f"asked to stop, but rank {rank} (process {pid}) was killed before all was saved.\n"
+                    f"{self._what_next(rank)}"
+                )
             raise KilledError(
                 f"rank {rank} (process {pid}) was killed from outside, without a word: out of memory, perhaps, or "
                 f"kill -9.\n{self._what_next(rank)}"
             )
         if ranks.failures:
             record = ranks.failures[0]
-            raise CrashError(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
+            kind = StoppedError if self.asked_to_stop else CrashError
+            raise kind(f"{record['message']}\n{self._what_next(int(str(record['rank'])))}")
         if done:
             return  # whatever ended the process that started them
         if self.asked_to_stop:
             saved = any(self.run.checkpoints.glob("step-*"))
             kept = "at once; the newest checkpoint is kept" if saved else "before a step was saved"
-            raise _stopped(f"ended {kept}. Go on with: dist-train resume {self.run.path}")
+            raise StoppedError(f"ended {kept}. Go on with: dist-train resume {self.run.path}")
         if returncode != 0:
             raise CrashError(f"the ranks could not be started (exit status {returncode}); see {self.run.launcher_log}.")
 
     def _raise_cause_of_script(self, ranks: Ranks) -> None:
         """A script dies of the SIGTERM with which torchrun ends the others, so torchrun says who failed first."""
         if self.asked_to_stop:
-            raise _stopped(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
+            raise StoppedError(f"the ranks were ended by a signal. Their logs: {self.run.logs}")
         failed_first = _FAILED_FIRST.search(_tail(self.run.launcher_log))
         if failed_first is None:
             return
@@ -233,13 +252,6 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(CrashError.exit_code)  # we died before the kernel was told
-
-
-def _stopped(message: str) -> ToolkitError:
-    error = ToolkitError(message)
-    error.exit_code = 128 + signal.SIGINT
-    error.title = "stopped"
-    return error
 
 
 def start_detached(command: list[str], log: Path) -> int:

@@ -15,7 +15,7 @@ import yaml
 from dist_train import config_io
 from dist_train.contradictions import refuse
 from dist_train.deepspeed_base import shown_path
-from dist_train.errors import ConfigError, CrashError, HangError, NodeLostError, ToolkitError
+from dist_train.errors import ConfigError, CrashError, HangError, NodeLostError, StoppedError, ToolkitError
 from dist_train.events import log_event, read_lines
 from dist_train.hardware import detect_hardware
 from dist_train.heartbeat import Heartbeat
@@ -56,10 +56,13 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False, place: Plac
 def train_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
     """Begin or go on with a run that was submitted; the caller holds its directory. Ranks that crash or hang are
     started again, at most slurm.restarts times without a new checkpoint."""
-    with leading(place, [str(directory.path)], announce) as team:
+    stop = StopFlag()
+    with leading(place, [str(directory.path)], announce) as team, stop.installed():
         start = known_run(directory, [], [], lambda start: _check_start(start, False, team), measure=measure_profile)
         left = start.config.slurm.restarts
         while True:
+            if stop:
+                raise StoppedError("asked to stop before the ranks were started; the newest checkpoint is kept.")
             before = _last_step(directory)
             try:
                 return _attempt(start, False, team=team)

@@ -25,11 +25,6 @@ from launcher.start import check_accelerate_base, git_state
 from slurm import client
 from slurm.script import Job, render
 
-_ENDED = (
-    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
-    "UNKNOWN",
-)
-
 
 @dataclass(frozen=True)
 class Wish:
@@ -89,6 +84,7 @@ def script_of(directory: RunDir, wish: Wish, dependency: str | None = None) -> s
             gpus_per_node=wish.gpus,
             code=directory.code,
             command=(python, "-P", "-u", "-m", "launcher", "node", str(directory.path)),
+            pid_file=directory.head_pid,
             log=directory.logs / "slurm-%j.log",
             dependency=dependency,
         ),
@@ -100,9 +96,8 @@ def resubmit(path: str, overrides: list[str]) -> RunDir:
     """Submit a run again that was submitted before and is no more. BusyError while its job waits or runs."""
     directory = RunDir.existing(path)
     job = newest_job(directory)
-    state = client.job_state(job)
-    if state.state not in _ENDED:
-        raise BusyError(f"the job {job} of {directory.path} is {state.state}: nothing was touched. Stop it with "
+    if not client.has_ended(job):
+        raise BusyError(f"the job {job} of {directory.path} waits or runs: nothing was touched. Stop it with "
                         f"dist-train cancel {directory.path}, or wait.")  # fmt: skip
     config = config_io.load_run_config(directory)
     if overrides:

@@ -12,6 +12,10 @@ from dist_train.errors import ConfigError, ToolkitError
 
 _TIMEOUT_S = 60.0
 _UNLIMITED = 10**9
+_ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
+    *("PREEMPTED", "UNKNOWN"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ def job_state(job_id: str) -> JobState:
         restarts=int(fields.get("Restarts", "0")),
         minutes_left=float(limit - run) if running else None,
     )
+
+
+def has_ended(job_id: str) -> bool:
+    """Whether the job neither runs nor waits any more."""
+    return job_state(job_id).state in _ENDED
 
 
 def host_names(nodelist: str) -> list[str]:

@@ -14,20 +14,34 @@ from dist_train.errors import ConfigError
 # What sbatch reads as it is in a #SBATCH line.
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:@%+=/*&|()\[\]-]*")
 
-_AFTER = """\
-# Slurm sends TERM when the job is cancelled or preempted: what comes then is not for this script to decide.
+_BEFORE = """\
+# Before the time limit Slurm tells this script alone, and this script one launcher, which runs on this node: to signal
+# the step would reach every process in it. TERM means that the job is cancelled or preempted: all have got it, and what
+# comes then is not for this script to decide.
+rm -f {pid_file}
+stop_early() {{ kill -USR1 "$(cat {pid_file})"; }}
 ended=
+trap stop_early USR1
 trap 'ended=1' TERM
+"""
+_AFTER = """\
+child=$!
+# A signal ends the waiting, not the child.
+while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+done
 wait "$child"
 code=$?
-if [ -n "$ended" ]; then
-    wait "$child"
-    exit $?
-fi
+[ -z "$ended" ] || exit "$code"
 # 75: all is saved and there is more to do. 14: a node or rank was missing. Above 128: a launcher was killed.
 if [ "$code" -eq 75 ] || [ "$code" -eq 14 ] || [ "$code" -gt 128 ]; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
         echo "not requeued: it was {requeues} times (slurm.requeues)"
+        exit "$code"
+    fi
+    now=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* Restarts=\\([0-9]*\\) .*/\\1/p')
+    if [ "$now" != "${{SLURM_RESTART_COUNT:-0}}" ]; then
+        echo "the job has started again without this node"
         exit "$code"
     fi
     echo "exit code $code: the job requeues itself"
@@ -49,6 +63,8 @@ class Job:
     """Folder whose packages the job imports."""
     command: tuple[str, ...]
     """What each node runs, once."""
+    pid_file: Path
+    """Holds the process id of the launcher on the job's first node."""
     log: Path
     """Where the job's own output goes; %j and %A stand for its number, as in sbatch."""
     array: str | None = None
@@ -61,7 +77,7 @@ class Job:
 
 def render(job: Job, slurm: SlurmConfig) -> str:
     """The script. ConfigError for a path or name that cannot be written into it."""
-    for text in (*job.command, str(job.code), str(job.log), job.name):
+    for text in (*job.command, str(job.code), str(job.log), str(job.pid_file), job.name):
         if not text.isprintable():
             raise ConfigError(f"{text!r} holds a character that cannot be printed: Slurm scripts are lines of text.")
     options = "".join(f"#SBATCH {name}{_value(value)}\n" for name, value in _options(job, slurm))
@@ -71,11 +87,9 @@ def render(job: Job, slurm: SlurmConfig) -> str:
         *slurm.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "",
-        f"{_step(job, slurm)} &",
-        "child=$!",
     ]
-    return f"#!/bin/bash\n{options}\n" + "\n".join(lines) + "\n" + _AFTER.format(requeues=slurm.requeues)
+    before = "\n".join(lines) + "\n\n" + _BEFORE.format(pid_file=shlex.quote(str(job.pid_file)))
+    return f"#!/bin/bash\n{options}\n{before}{_step(job, slurm)} &\n{_AFTER.format(requeues=slurm.requeues)}"
 
 
 def _options(job: Job, slurm: SlurmConfig) -> list[tuple[str, str | None]]:
@@ -111,7 +125,7 @@ def _options(job: Job, slurm: SlurmConfig) -> list[tuple[str, str | None]]:
         "--dependency": dependency or None,
         "--kill-on-invalid-dep": "yes" if dependency else None,
         "--array": job.array,
-        "--signal": f"USR1@{slurm.stop_early_s}" if job.stops_early else None,
+        "--signal": f"B:USR1@{slurm.stop_early_s}" if job.stops_early else None,
     }
     options |= {name: str(value) for name, value in found.items() if value is not None}
     if asked is not None:

@@ -91,11 +91,18 @@ class _World:
         from recipes.recsys.ranking import can_be_listed, rank, rank_rows
 
         rows = self.stored.rows(split)
-        most = max(self.stored.facts["most_targets"].values())
         numbers = np.arange(len(rows)) if chosen is None else chosen
-        parts: list[Any] = []
-        for part in np.split(numbers, range(rank_rows(self.items), len(numbers), rank_rows(self.items))):
-            own = rows[part]
+        most, length = max(self.stored.facts["most_targets"].values()), self.config.task.list_length
+        # Made before: what is kept of each part would lie between the large arrays of the next and hold their memory.
+        outputs = {
+            "above": np.zeros((len(numbers), most), dtype=np.int64),
+            "tied": np.zeros((len(numbers), most), dtype=np.int64),
+            "best": np.zeros((len(numbers), length), dtype=np.int64),
+            "best_score": np.zeros((len(numbers), length), dtype=np.float32),
+        }
+        step = rank_rows(self.items)
+        for first in range(0, len(numbers), step):
+            own = rows[numbers[first : first + step]]
             scores = torch.from_numpy(scorer(own).astype(np.float32))
             targets = torch.from_numpy(self._padded(own[:, FIRST], own[:, STOP], most))
             seen = np.zeros((len(own), 1), dtype=np.int64)
@@ -106,10 +113,10 @@ class _World:
                 moment = self.stored.moment(own)[:, None]
                 candidates = torch.from_numpy((self.available[0] <= moment) & (moment < self.available[1]))
             listed = can_be_listed(self.items, targets, torch.from_numpy(seen), candidates)
-            parts.append(rank(scores, targets, listed, self.config.task.list_length))
-        names = ("above", "tied", "best", "best_score")
-        joined = [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
-        return make_table(self.stored, split, dict(zip(names, joined, strict=True)), self.config, chosen)
+            ranked = rank(scores, targets, listed, length)
+            for kept, part in zip(outputs.values(), ranked, strict=True):
+                kept[first : first + step] = part.numpy()
+        return make_table(self.stored, split, outputs, self.config, chosen)
 
     def histories(self, rows: np.ndarray, decay: float) -> sparse.csr_matrix:
         """[rows, items]: the last events of each session, the n-th from the end counting decay to the power of n."""

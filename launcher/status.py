@@ -1,0 +1,135 @@
+"""dist-train status, logs and cancel: the same for runs of this machine and for those of Slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import IO, Any
+
+from dist_train.errors import ConfigError, Preempted, error_for_code
+from dist_train.events import read_lines
+from dist_train.rundir import RunDir, read_json
+from launcher.summary import open_console
+from slurm import client
+
+_ENDS = ("failed", "finished")
+_FOLLOW_S = 0.5
+
+
+def print_status(path: str) -> None:
+    """State, progress, rate, time left, restarts, newest checkpoint, and the cause of the end in words."""
+    run = RunDir.existing(path)
+    events = list(read_lines(run.events))
+    lines = [("run", str(run.path)), ("state", _state(run, events))]
+    steps = read_json(run.plan)["steps"] if run.plan.is_file() else None
+    last = next((line for line in reversed(list(read_lines(run.metrics))) if line["split"] == "train"), None)
+    if last is not None:
+        lines.append(("step", f"{last['step']} of {steps}, loss {last.get('loss') or float('nan'):.4f}"))
+        rate = last.get("samples_per_s")
+        if rate:
+            batch = read_json(run.plan)["global_batch_size"]
+            left = (steps - last["step"]) * batch / rate if run.is_locked() or _is_running(run) else 0.0
+            lines.append(("rate", f"{rate:,.0f} samples/s" + (f", {left / 60:.1f} minutes left" if left else "")))
+    starts = [event for event in events if event["event"] == "run_started"]
+    lines.append(("starts", f"{len(starts)}"))
+    saved = [event for event in events if event["event"] == "checkpoint_committed"]
+    lines.append(("saved", f"step {saved[-1]['step']}, {_ago(saved[-1]['time'])}" if saved else "nothing yet"))
+    cause = _cause(events)
+    if cause:
+        lines.append(("last end", cause))
+    console = open_console()
+    for name, text in lines:
+        console.print(f"{name:10s} {text}", soft_wrap=True)
+
+
+def print_logs(path: str, rank: int | None, follows: bool) -> None:
+    """What the run has said: the job's or launcher's own output, or one rank's log."""
+    run = RunDir.existing(path)
+    if rank is not None:
+        files = [run.rank_log(rank)]
+    else:
+        files = sorted(run.logs.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime) or [run.rank_log(0)]
+    if not files[-1].is_file():
+        known = ", ".join(file.stem.removeprefix("rank") for file in sorted(run.logs.glob("rank*.log"))) or "none yet"
+        raise ConfigError(f"there is no {files[-1]}; ranks with a log: {known}.")
+    with open(files[-1], encoding="utf-8", errors="replace") as stream:
+        _copy(stream)
+        while follows and (_is_running(run) or run.is_locked()):
+            time.sleep(_FOLLOW_S)
+            _copy(stream)
+        _copy(stream)
+
+
+def cancel(path: str) -> None:
+    """End a run for good; what is saved stays, and `dist-train resume` goes on with it."""
+    run = RunDir.existing(path)
+    job = _job(run)
+    if job is not None and not client.has_ended(job):
+        client.cancel(job)
+        print(f"job {job} is cancelled; it saves what it can in the time that the cluster leaves it.")
+        return
+    holder = run.holder()
+    if not run.is_locked() or holder is None:
+        raise ConfigError(f"{run.path} is not running: there is nothing to cancel.")
+    pid, host = holder
+    if host != os.uname().nodename:
+        raise ConfigError(f"{run.path} runs on {host} (process {pid}): type it there.")
+    os.kill(pid, signal.SIGTERM)
+    print(f"process {pid} is told to stop: the step under way is ended and saved.")
+
+
+def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
+    job = _job(run)
+    if job is not None and not client.has_ended(job):
+        state = client.job_state(job)
+        words = [f"job {job} is {state.state}"]
+        words += [f"({state.reason})"] if state.reason else []
+        words += [f"on {state.nodes}"] if state.nodes else []
+        words += [f"requeued {state.restarts} times"] if state.restarts else []
+        words += [f"{state.minutes_left:.0f} minutes to its time limit"] if state.minutes_left is not None else []
+        return ", ".join(words).replace(", (", " (")
+    if run.is_locked():
+        return "running"
+    if run.report_json.is_file():
+        return "done"
+    last = next((event for event in reversed(events) if event["event"] in ("run_started", *_ENDS)), None)
+    if last is None:
+        early = f"job {job} ended before it started the ranks: dist-train logs {run.path}"
+        return "not started" if job is None else early
+    if last["event"] == "run_started":
+        return f"interrupted, go on with: dist-train resume {run.path}"
+    stopped = last.get("code") == Preempted.exit_code
+    return f"{'stopped and saved' if stopped else 'failed'}, go on with: dist-train resume {run.path}"
+
+
+def _cause(events: list[dict[str, Any]]) -> str | None:
+    """Why the newest start that ended did."""
+    failed = [event for event in events if event["event"] == "failed"]
+    if not failed:
+        return None
+    attempt = failed[-1]["attempt"]
+    first = next(event for event in failed if event["attempt"] == attempt)
+    kind = error_for_code(first["code"])
+    return f"start {attempt}: {kind.title} (exit code {first['code']}): {str(first['message']).splitlines()[0]}"
+
+
+def _job(run: RunDir) -> str | None:
+    if not run.job.is_file() or not client.is_here():
+        return None
+    return str(read_json(run.job)["jobs"][-1])
+
+
+def _is_running(run: RunDir) -> bool:
+    job = _job(run)
+    return job is not None and not client.has_ended(job)
+
+
+def _copy(stream: IO[str]) -> None:
+    sys.stdout.write(stream.read())
+    sys.stdout.flush()
+
+
+def _ago(then: float) -> str:
+    return f"{(time.time() - then) / 60:.1f} minutes ago"

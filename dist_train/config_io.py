@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from dist_train.config import RunConfig, Section
+from dist_train.config import RunConfig, Section, SlurmConfig
 from dist_train.config_keys import Key, MismatchError, convert, keys_of, nearest_keys, sections_of, show
+from dist_train.config_text import as_yaml
 from dist_train.errors import ConfigError
 from dist_train.recipe import load_recipe, recipe_key, resolve_recipe_file
 from dist_train.rundir import RunDir
@@ -109,13 +109,30 @@ def site_output_dir() -> str | None:
     return None if text is None else str(_resolve(text, path.absolute().parent, keys_of(RunConfig)["output_dir"]))
 
 
+def slurm_settings(overrides: Many[str]) -> SlurmConfig:
+    """The keys slurm.* of the site file and of the command line, for what has no recipe."""
+    problems: list[str] = []
+    given: dict[str, Given] = {"recipe": Given(Scalar("none", 1), "", 0, Path.cwd())}
+    path = site_file()
+    if path.is_file():
+        # Its keys for recipes are theirs to judge.
+        for name, node in _walk(read_file(path, str(path)), RunConfig, _shown(path), []):
+            given[name] = Given(node, f"{_shown(path)}:{node.line}", 0, path.absolute().parent)
+    for text in overrides:
+        _take_override(text, RunConfig, given, 1, problems)
+        if not text.startswith("slurm."):
+            problems.append(f"command line: {text}: beside the options of a script only slurm.* can be set.")
+    kept = {name: value for name, value in given.items() if name == "recipe" or name.startswith("slurm.")}
+    return _build(RunConfig, kept, problems).slurm
+
+
 def load_run_config(run: RunDir) -> RunConfig:
     """The resolved config of a run directory: its file alone, no site file."""
     return load(str(run.config), site=False).config
 
 
 def recorded_sources(run: RunDir) -> dict[str, str]:
-    """Where each value in a run's config.yaml was set, from the remarks that `dump` wrote behind them."""
+    """Where each value in a run's config.yaml was set, from the remarks that `config_text.dump` wrote behind them."""
     lines = run.config.read_text().splitlines()
     places = load(str(run.config), site=False).sources
     remarks = {key: lines[int(place.rpartition(":")[2]) - 1].rpartition("  # ") for key, place in places.items()}
@@ -167,13 +184,6 @@ def flatten(config: Section, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = str(value) if isinstance(value, Path) else value
     return flat
-
-
-def dump(config: RunConfig, sources: Mapping[str, str], name: str) -> str:
-    """The resolved config as a recipe file. The name is a comment only, so that running it makes a run of its own."""
-    lines = [f"# name: {name}"]
-    _dump_section(config, sources, "", lines)
-    return "\n".join(lines) + "\n"
 
 
 def json_schema(recipe: str) -> dict[str, Any]:
@@ -365,30 +375,9 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_node(value: Any) -> Node:
-    node = parse(_as_yaml(value), "config")
+    node = parse(as_yaml(value), "config")
     assert node is not None
     return node
-
-
-def _as_yaml(value: Any) -> str:
-    """The value on one line."""
-    words = "".join(map(str, value)) if isinstance(value, list) else str(value)
-    # Unicode has line ends of its own, which PyYAML writes as they are and reads as a blank: escape what is not plain.
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=words.isprintable(), width=10**9)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _dump_section(section: Section, sources: Mapping[str, str], prefix: str, lines: list[str]) -> None:
-    depth = prefix.count(".")
-    for name in type(section).model_fields:
-        value, key = getattr(section, name), prefix + name
-        if isinstance(value, Section):
-            lines.append(f"{'  ' * depth}{name}:")
-            _dump_section(value, sources, f"{key}.", lines)
-        elif key != "name":
-            text = _as_yaml(str(value) if isinstance(value, Path) else value)
-            origin = f"  # {sources[key]}" if key in sources else ""
-            lines.append(f"{'  ' * depth}{name}: {text}{origin}")
 
 
 def _shown(path: Path) -> str:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dist_train.config import RunConfig
-from dist_train.config_io import dump, load
+from dist_train.config_io import load
+from dist_train.config_text import dump
 from dist_train.errors import ConfigError, StorageError
 from dist_train.recipe import load_recipe
 from dist_train.rundir import MODEL_RECORD, json_text, read_json, write_json

@@ -22,6 +22,8 @@ from dist_train.errors import BusyError, ConfigError, StorageError, UnsafeInputE
 LAUNCHER_PID = "DIST_TRAIN_LAUNCHER_PID"
 ATTEMPT = "DIST_TRAIN_ATTEMPT"
 """The attempt that ranks belong to: another machine may not see yet what was written of it."""
+CODE = "DIST_TRAIN_CODE"
+"""The folder whose modules a user's `-m` command is to find, where it is not the working directory."""
 MODEL_RECORD = "dist_train.json"
 """What a model folder says of its model; no other folder has it."""
 
@@ -161,6 +163,12 @@ class RunDir:
         finally:
             os.close(descriptor)
         return False
+
+    @staticmethod
+    def any_kind(path: str | Path) -> RunDir:
+        """The run at `path`, of a recipe or of a user's own script. ConfigError when it is neither."""
+        run = RunDir(path)
+        return run if run.plan.is_file() else RunDir.existing(path)
 
     @staticmethod
     def existing(path: str | Path) -> RunDir:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import config_io, deepspeed_base, prepared
+from dist_train import config_io, config_text, deepspeed_base, prepared
 from dist_train.config import RunConfig
 from dist_train.config_io import Loaded
 from dist_train.contradictions import Settings, refuse
@@ -100,7 +100,7 @@ def create_directory(start: Start, facts: dict[str, Any], git: dict[str, Any] | 
     directory, config = start.directory, start.config
     directory.create(
         {
-            directory.config.name: config_io.dump(config, start.settings.sources, directory.name),
+            directory.config.name: config_text.dump(config, start.settings.sources, directory.name),
             directory.data_facts.name: json_text(facts),
             directory.environment.name: json_text(environment_facts(start.hardware, git, config)),
         }
@@ -131,7 +131,7 @@ def known_run(
     start = _planned(directory, loaded.config, loaded.sources, facts, world_size, measure)
     check(start)
     if overrides or loaded is not changed:
-        write_atomic(directory.config, config_io.dump(loaded.config, loaded.sources, directory.name))
+        write_atomic(directory.config, config_text.dump(loaded.config, loaded.sources, directory.name))
     write_json(directory.data_facts, facts)
     return start
 

@@ -18,7 +18,7 @@ from types import TracebackType
 from dist_train.errors import ConfigError, CrashError, StorageError, ToolkitError
 from dist_train.events import log_event
 from dist_train.rank_process import die_with_launcher, own_run, redirect_output
-from dist_train.rundir import ATTEMPT, LAUNCHER_PID, RunDir
+from dist_train.rundir import ATTEMPT, CODE, LAUNCHER_PID, RunDir
 
 
 def main(arguments: list[str]) -> int:
@@ -50,18 +50,19 @@ def main(arguments: list[str]) -> int:
 
 def _prepare(arguments: list[str]) -> Callable[[], object]:
     """Set sys.argv and sys.path as python does for a script or `-m`, and return what runs it."""
-    for name in ("PYTHONSAFEPATH", LAUNCHER_PID, ATTEMPT):
+    code = os.environ.get(CODE)
+    for name in ("PYTHONSAFEPATH", LAUNCHER_PID, ATTEMPT, CODE):
         os.environ.pop(name, None)  # ours; the script's own processes are to know nothing of it
     if arguments[0] == "-m":
         module = arguments[1]
-        sys.path.insert(0, os.getcwd())
+        sys.path.insert(0, code or os.getcwd())
         sys.argv = arguments[1:]
         try:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            raise ConfigError(f"there is no module {module} to run, on the path or in {os.getcwd()}.")
+            raise ConfigError(f"there is no module {module} to run, on the path or in {code or os.getcwd()}.")
         return lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)
     path = arguments[0]
     sys.path.insert(0, str(Path(path).resolve().parent))

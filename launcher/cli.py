@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -12,21 +11,9 @@ import click
 
 from dist_train import __version__
 from dist_train.errors import ToolkitError
-from launcher import complete
+from launcher import cli_jobs, complete
+from launcher.cli_options import STRATEGIES, all_settings, study_options
 from launcher.output import make_output_steady
-
-STRATEGIES = ["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp"]
-
-
-def _study_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Those of the commands that make several runs."""
-    for option in (
-        click.option("--background", "is_background", is_flag=True, help="Go on without this terminal."),
-        click.option("--list", "is_list", is_flag=True, help="List the runs with their indices, and start none."),
-        click.option("--only", type=int, metavar="INDEX", help="Run this one alone, as in a Slurm array."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -60,7 +47,7 @@ def run(
     from launcher.nodes import place_by_hand
     from launcher.summary import print_summary
 
-    words = _all_settings(settings, flags, debug)
+    words = all_settings(settings, flags, debug)
     place = place_by_hand(flags["nodes"], node_rank, head)
     if place is not None and place.node_rank > 0:
         start.join(place, [recipe, *words])
@@ -75,77 +62,24 @@ def run(
     "--accept", multiple=True, type=click.Choice(["code", "data", "config"]), help="Go on although this changed."
 )
 @click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
+@click.option("--here", "is_here", is_flag=True, help="On this machine, although it was submitted to Slurm.")
 @click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
-def resume(run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], debug: bool, **flags: Any) -> None:
-    """Go on from the newest whole checkpoint of RUN_DIR, on any number of ranks.
+def resume(
+    run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], is_here: bool, debug: bool, **flags: Any
+) -> None:
+    """Go on from the newest whole checkpoint of RUN_DIR, on any number of ranks. What was submitted is submitted again.
 
     What defines the result (data, model, optimizer, batch, schedule) cannot change; parallel.*, checkpoint.*, track.*
     and train.stop_after_steps can.
     """
     from launcher import start
+    from launcher.submit import resubmit, was_submitted
     from launcher.summary import print_summary
 
-    print_summary(start.resume(run_dir, _all_settings(settings, flags, debug), list(accept), debug))
-
-
-@cli.command(short_help="Train a recipe on a Slurm cluster.")
-@click.argument("recipe", shell_complete=complete.recipes)
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
-@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
-@click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
-@click.option("--strategy", help="Same as parallel.strategy=NAME.")
-@click.option("--after", metavar="RUN", help="Start when the job of this run has ended well.")
-@click.option("--dry-run", "is_dry", is_flag=True, help="Print the script, and do nothing.")
-def submit(recipe: str, settings: tuple[str, ...], after: str | None, is_dry: bool, **flags: Any) -> None:
-    """Check and plan RECIPE for the cluster, copy the code into the run directory, and submit one job.
-
-    The job saves and requeues itself at its time limit and when it is preempted, until the report is written. What the
-    cluster is asked for is in the keys slurm.*, best set once in the site file.
-    """
-    from launcher.submit import submit_recipe
-
-    submit_recipe(recipe, _all_settings(settings, flags), is_dry, after)
-
-
-@cli.command(short_help="How far a run is, and why it ended.")
-@click.argument("run_dir", shell_complete=complete.runs)
-def status(run_dir: str) -> None:
-    """State, step, loss, rate, time left, starts, newest checkpoint, and the cause of the last end in words."""
-    from launcher.status import print_status
-
-    print_status(run_dir)
-
-
-@cli.command(short_help="What a run has said.")
-@click.argument("run_dir", shell_complete=complete.runs)
-@click.option("-f", "--follow", "follows", is_flag=True, help="Go on printing while the run goes on.")
-@click.option("--rank", type=click.IntRange(0), help="The log of this rank; else that of the job, or of rank 0.")
-def logs(run_dir: str, follows: bool, rank: int | None) -> None:
-    """Print the output of RUN_DIR's job, or of one of its ranks."""
-    from launcher.status import print_logs
-
-    print_logs(run_dir, rank, follows)
-
-
-@cli.command(short_help="End a run.")
-@click.argument("run_dir", shell_complete=complete.runs)
-def cancel(run_dir: str) -> None:
-    """End RUN_DIR, on this machine or on Slurm, where it is not requeued. What is saved stays; `resume` goes on."""
-    from launcher.status import cancel as end
-
-    end(run_dir)
-
-
-@cli.command(hidden=True)
-@click.argument("run_dir")
-def node(run_dir: str) -> None:
-    """Train the submitted run on this node of its Slurm job."""
-    from launcher.job import run_node
-    from launcher.summary import print_summary
-
-    run = run_node(run_dir)
-    if run is not None:
-        print_summary(run)
+    if was_submitted(run_dir) and not is_here:
+        resubmit(run_dir, all_settings(settings, flags))
+        return
+    print_summary(start.resume(run_dir, all_settings(settings, flags, debug), list(accept), debug))
 
 
 @cli.command(
@@ -205,7 +139,7 @@ def plan(recipe: str, settings: tuple[str, ...], gpu_memory: str | None, **flags
     """
     from launcher.show_plan import show_plan
 
-    show_plan(recipe, _all_settings(settings, flags), gpu_memory)
+    show_plan(recipe, all_settings(settings, flags), gpu_memory)
 
 
 @cli.command(short_help="Prepare a recipe's data, without GPUs.")
@@ -304,7 +238,7 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
 @click.option(
     "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each rung, from `seed` on."
 )
-@_study_options
+@study_options
 def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
     """Train every rung of the recipe's `ladder` over several seeds, and print what each adds, with paired intervals.
 
@@ -322,7 +256,7 @@ def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
 @click.option(
     "--tolerance", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of the metric to give up."
 )
-@_study_options
+@study_options
 def backtest(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
     """Train RECIPE up to several moments and test each model on all that came after: how it falls with its age.
 
@@ -397,17 +331,8 @@ def recipes(keys_of: str | None, schema_of: str | None) -> None:
         print_recipes()
 
 
-def _all_settings(settings: tuple[str, ...], flags: dict[str, Any], debug: bool = False) -> list[str]:
-    """The settings as they were typed, with those that a flag is short for. The later one of a key counts."""
-    keys = {
-        "nodes": "parallel.nodes",
-        "gpus_per_node": "parallel.processes_per_node",
-        "strategy": "parallel.strategy",
-        "gpu_ids": "parallel.gpu_ids",
-    }
-    given = {keys[name]: value for name, value in flags.items() if value is not None}
-    short = [f"{key}=[{value}]" if key == "parallel.gpu_ids" else f"{key}={value}" for key, value in given.items()]
-    return [*(["parallel.processes_per_node=1"] if debug else []), *settings, *short]
+for _command in cli_jobs.COMMANDS:
+    cli.add_command(_command)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 
 from dist_train.errors import BusyError, ConfigError, StorageError
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
-from launcher import start
+from launcher import launch, start
 from launcher.meeting import MEETING_S
-from launcher.nodes import Place
+from launcher.nodes import Place, follow
 from slurm import client
 from slurm.allocation import Allocation, read_allocation
 
@@ -26,7 +26,9 @@ def run_node(path: str) -> RunDir | None:
     allocation = read_allocation()
     if allocation is None:
         raise ConfigError("this is no Slurm job: dist-train submit makes one, which then calls this command.")
-    directory = RunDir.existing(path)
+    directory = RunDir(path)
+    if not directory.plan.is_file() and not directory.config.is_file():
+        raise ConfigError(f"{directory.path} is no run that was submitted.")
     if allocation.nodes == 1:
         return _lead(directory, None, lambda port: None)
     host = client.host_names(allocation.node_names)[0]
@@ -35,15 +37,23 @@ def run_node(path: str) -> RunDir | None:
         place = Place(0, allocation.nodes, host, 0)
         return _lead(directory, place, lambda port: _announce(directory, allocation, port))
     port = _announced_port(directory, allocation)
-    start.join(Place(allocation.node_rank, allocation.nodes, host, port), [path])
+    place = Place(allocation.node_rank, allocation.nodes, host, port)
+    follow(place, launch.ranks_of_node if _is_script(directory) else start.ranks_of_node, [path])
     return None
 
 
-def _lead(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> RunDir:
+def _lead(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> RunDir | None:
     with _held(directory):
         write_atomic(directory.head_pid, f"{os.getpid()}\n")
+        if _is_script(directory):
+            launch.launch_in_job(directory, place, announce)
+            return None
         start.train_in_job(directory, place, announce)
     return directory
+
+
+def _is_script(directory: RunDir) -> bool:
+    return not directory.config.is_file()
 
 
 @contextlib.contextmanager

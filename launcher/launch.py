@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,19 @@ from dist_train.config import ParallelConfig
 from dist_train.contradictions import SCRIPT_FLAGS, Settings, read_json_table, refuse
 from dist_train.deepspeed_config import script_deepspeed_config
 from dist_train.errors import ConfigError
-from dist_train.events import log_event
+from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
-from dist_train.rundir import RunDir, json_text
+from dist_train.rundir import ATTEMPT, CODE, RunDir, json_text, read_json
 from dist_train.start_run import check_output, environment_facts, free_name, record_commands
 from launcher import accelerate_base
-from launcher.accelerate_config import accelerate_config, launch_command, script_environment, worker_environment
+from launcher.accelerate_config import (
+    Rendezvous,
+    accelerate_config,
+    launch_command,
+    script_environment,
+    worker_environment,
+)
+from launcher.nodes import Place, Team, lead, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports
 from launcher.process import Supervisor
 from launcher.start import command_lines, git_state
@@ -55,22 +63,50 @@ class ScriptPlan:
         return self.nodes * self.processes_per_node
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A script's run that can be started."""
+
+    directory: RunDir
+    plan: ScriptPlan
+    files: dict[str, str]
+    """What the run directory begins with, beside plan.json."""
+
+    def plan_json(self, command: list[str], **more: Any) -> str:
+        """plan.json, which also says what is run."""
+        return json_text(
+            {**dataclasses.asdict(self.plan), "world_size": self.plan.world_size, "command": command, **more}
+        )
+
+
 def launch_script(command: list[str], name: str | None, output_dir: str | None, **options: Any) -> RunDir:
     """Run `command` (a script or -m MODULE, and its arguments) on every rank, to its end.
 
     options: nodes, gpus_per_node, gpu_ids, strategy, offload, precision, deepspeed_config, accelerate_config.
     """
+    hardware = detect_hardware()
+    launch = make_launch(command, name, output_dir, hardware, options)
+    check_can_start(launch.plan)
+    directory = launch.directory
+    directory.create({**launch.files, directory.plan.name: launch.plan_json(command)})
+    with directory.locked():
+        _run(directory, launch.plan, hardware, command)
+    return directory
+
+
+def make_launch(
+    command: list[str], name: str | None, output_dir: str | None, hardware: Hardware, options: dict[str, Any]
+) -> Launch:
+    """Check and plan it for this hardware; nothing is written."""
     _check_script(command)
     directory = _directory(command, name, output_dir)
     parallel = _parallel(options)
     accelerate_file, theirs = _base_file(parallel.accelerate_config, accelerate_base.read_accelerate_base)
     deepspeed_file, own_json = _base_file(parallel.deepspeed_config, read_json_table)
-    hardware = detect_hardware()
     precision = options["precision"] or _FROM_ACCELERATE.get((theirs or {}).get("mixed_precision", ""))
     plan = plan_script(parallel, precision, hardware)
     check_imports(plan.strategy)
     check_gpus(plan, hardware)
-    check_can_start(plan)
     check_deepspeed_build(plan.strategy, plan.device)
     settings = _settings(parallel, precision)
 
@@ -89,15 +125,52 @@ def launch_script(command: list[str], name: str | None, output_dir: str | None, 
     check_output(directory)
     files = {
         directory.environment.name: json_text(environment_facts(hardware, git_state(), None)),
-        directory.plan.name: json_text({**dataclasses.asdict(plan), "world_size": plan.world_size, "command": command}),
         directory.accelerate_config.name: yaml.safe_dump(accelerate),
     }
     if deepspeed is not None:
         files[directory.deepspeed_config.name] = json_text(deepspeed)
-    directory.create(files)
-    with directory.locked():
-        _run(directory, plan, hardware, command)
-    return directory
+    return Launch(directory, plan, files)
+
+
+def launch_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
+    """Start a script that was submitted; the caller holds its directory."""
+    plan, command = _read_plan(directory)
+    with leading(place, [str(directory.path)], announce) as team:
+        _run(directory, plan, detect_hardware(), command, team)
+
+
+def ranks_of_node(
+    run: RunDir, attempt: int, arguments: Sequence[str], rendezvous: Rendezvous, look: Callable[[], None]
+) -> None:
+    """Start this machine's ranks of a script that node 0 leads, and wait for them."""
+    plan, command = _read_plan(run)
+    check_imports(plan.strategy)
+    check_deepspeed_build(plan.strategy, plan.device)
+    started, environment = _ranks(run, plan, detect_hardware(), command, attempt, rendezvous)
+    Supervisor(run, attempt, own_script=True).run_to_end(started, environment, look)
+
+
+def _read_plan(run: RunDir) -> tuple[ScriptPlan, list[str]]:
+    stored = read_json(run.plan)
+    fields = {field.name: stored[field.name] for field in dataclasses.fields(ScriptPlan)}
+    return ScriptPlan(**{**fields, "gpu_ids": tuple(fields["gpu_ids"])}), stored["command"]
+
+
+def _ranks(
+    run: RunDir,
+    plan: ScriptPlan,
+    hardware: Hardware,
+    command: list[str],
+    attempt: int,
+    rendezvous: Rendezvous | None = None,
+) -> tuple[list[str], dict[str, str]]:
+    """The argv that starts the ranks of this machine, and their environment."""
+    environment = worker_environment(plan, hardware, rendezvous) | script_environment(plan, run)
+    environment[ATTEMPT] = str(attempt)
+    code = read_json(run.plan).get("code")
+    if code is not None:
+        environment[CODE] = code
+    return launch_command(plan, run, command, _MODULE, rendezvous), environment
 
 
 def plan_script(parallel: ParallelConfig, precision: str | None, hardware: Hardware) -> ScriptPlan:
@@ -132,11 +205,12 @@ def plan_script(parallel: ParallelConfig, precision: str | None, hardware: Hardw
     )
 
 
-def _run(directory: RunDir, plan: ScriptPlan, hardware: Hardware, command: list[str]) -> None:
-    started = launch_command(plan, directory, command, _MODULE)
-    environment = worker_environment(plan, hardware) | script_environment(plan, directory)
-    record_commands(directory, command_lines(started).replace("{attempt}", "1"))
-    log_event(directory.events, "run_started", attempt=1, pid=os.getpid(), world_size=plan.world_size)
+def _run(directory: RunDir, plan: ScriptPlan, hardware: Hardware, command: list[str], team: Team | None = None) -> None:
+    attempt = current_attempt(directory.events) + 1
+    log_event(directory.events, "run_started", attempt=attempt, pid=os.getpid(), world_size=plan.world_size)
+    rendezvous = None if team is None else team.begin(directory, attempt, [])
+    started, environment = _ranks(directory, plan, hardware, command, attempt, rendezvous)
+    record_commands(directory, command_lines(started).replace("{attempt}", str(attempt)))
     precision = plan.precision or "the script's precision"
     print(f"run directory  {directory.path}")
     print(f"plan           {plan.world_size} x {plan.device}, {plan.strategy}, {precision}")
@@ -144,8 +218,8 @@ def _run(directory: RunDir, plan: ScriptPlan, hardware: Hardware, command: list[
         print("note           the Hugging Face Trainer finds its ranks under ZeRO on a CPU with use_cpu=True alone")
     print(f"logs           {directory.logs}; of rank 0 also here:", flush=True)
     tail = LogTail(directory.rank_log(0))
-    Supervisor(directory, 1, own_script=True).run_to_end(started, environment, tail)
-    log_event(directory.events, "finished", attempt=1)
+    lead(Supervisor(directory, attempt, own_script=True), started, environment, tail, team)
+    log_event(directory.events, "finished", attempt=attempt)
     print(f"done           {directory.path}")
 
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from dist_train.config import RunConfig
-from dist_train.config_io import dump
+from dist_train.config_text import dump
 from launcher.process import run_measurement
 
 

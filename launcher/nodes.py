@@ -34,6 +34,7 @@ from dist_train.rundir import RunDir, read_json
 from dist_train.start_run import environment_facts
 from launcher.accelerate_config import Rendezvous
 from launcher.meeting import MEETING_S, Link, Meeting, Message, call, free_port, interface_towards
+from launcher.process import Supervisor
 
 # How long the other nodes may take to say how their ranks ended, once those of node 0 have.
 _LAST_WORDS_S = 30.0
@@ -171,6 +172,30 @@ def leading(
         team.close(error)
         raise
     team.close(None)
+
+
+def lead(
+    supervisor: Supervisor,
+    command: list[str],
+    environment: dict[str, str],
+    watch: Callable[[], None],
+    team: Team | None,
+) -> None:
+    """Run the own ranks to their end, and where there are others, theirs. Raises the cause that explains the rest."""
+    if team is None:
+        supervisor.run_to_end(command, environment, watch)
+        return
+
+    def look() -> None:
+        watch()
+        team.look()
+
+    own: ToolkitError | None = None
+    try:
+        supervisor.run_to_end(command, environment, look)
+    except ToolkitError as error:
+        own = error
+    team.settle(own)
 
 
 def follow(place: Place, start_ranks: StartRanks, typed: Sequence[str]) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from dist_train import config_io
-from dist_train.config import RunConfig
+from dist_train import config_io, config_text
 from dist_train.errors import ConfigError
 from dist_train.fit import gib
 from dist_train.hardware import Gpu, Hardware, detect_hardware
@@ -33,9 +32,10 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     """Print it all. The data is read and prepared, the model is measured once, nothing is started."""
     loaded = config_io.load(recipe_name, overrides)
     config = loaded.config
-    hardware = detect_hardware() if gpu_memory is None else imagined_hardware(config, gpu_memory)
+    count = config.parallel.processes_per_node or 1
+    hardware = detect_hardware() if gpu_memory is None else imagined_hardware(count, gpu_memory, "--gpu-memory")
     check_imports()
-    print(config_io.dump(config, loaded.sources, config.name or "not named yet"))
+    print(config_text.dump(config, loaded.sources, config.name or "not named yet"))
     recipe = load_recipe(config.recipe)
     check_metric(config, recipe)
     config = pinned(loaded, recipe).config
@@ -50,13 +50,12 @@ def show_plan(recipe_name: str, overrides: list[str], gpu_memory: str | None) ->
     print_plan(None, plan)
 
 
-def imagined_hardware(config: RunConfig, gpu_memory: str) -> Hardware:
-    """The hardware that was asked about: GPUs of this memory, as many as parallel.processes_per_node."""
+def imagined_hardware(count: int, gpu_memory: str, asked_with: str) -> Hardware:
+    """The hardware that was asked about: so many GPUs of this memory."""
     match = _SIZE.fullmatch(gpu_memory.strip())
     if match is None:
-        raise ConfigError(f"--gpu-memory is {gpu_memory}, but must be a size such as 80GiB.")
+        raise ConfigError(f"{asked_with} is {gpu_memory}, but must be a size such as 80GiB.")
     memory = float(match[1]) * (10**9 / 2**30 if (match[2] or "").lower() == "gb" else 1.0)
-    count = config.parallel.processes_per_node or 1
     gpus = tuple(Gpu(index, f"planned-{index}", f"a GPU of {gpu_memory}", memory) for index in range(count))
     return Hardware("planned", "not known", cores=8 * count, memory_gib=0.0, gpus=gpus)
 

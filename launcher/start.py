@@ -15,7 +15,7 @@ import yaml
 from dist_train import config_io
 from dist_train.contradictions import refuse
 from dist_train.deepspeed_base import shown_path
-from dist_train.errors import ConfigError, CrashError, HangError, NodeLostError, StoppedError, ToolkitError
+from dist_train.errors import ConfigError, CrashError, HangError, NodeLostError, StoppedError
 from dist_train.events import log_event, read_lines
 from dist_train.hardware import detect_hardware
 from dist_train.heartbeat import Heartbeat
@@ -35,7 +35,7 @@ from dist_train.stop import StopFlag
 from launcher import accelerate_base
 from launcher.accelerate_config import Rendezvous, accelerate_config, launch_command, worker_environment
 from launcher.measure import measure_profile
-from launcher.nodes import Place, Team, follow, leading
+from launcher.nodes import Place, Team, follow, lead, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports, check_one_rank
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
@@ -86,7 +86,7 @@ def _last_step(directory: RunDir) -> int:
 def join(place: Place, typed: list[str]) -> None:
     """Train what node 0 says, as another node of the launch."""
     check_imports()
-    follow(place, _ranks_of_node, typed)
+    follow(place, ranks_of_node, typed)
 
 
 def resume(path: str, overrides: list[str], accept: list[str], debug: bool = False) -> RunDir:
@@ -181,37 +181,13 @@ def _attempt(start: Start, debug: bool, arguments: tuple[str, ...] = (), team: T
     last_step = min(plan.steps, start.config.train.stop_after_steps or plan.steps)
     watch = Watch(directory, plan, last_step)
     try:
-        _lead(Supervisor(directory, attempt), command, environment, watch, team)
+        lead(Supervisor(directory, attempt), command, environment, watch, team)
     finally:
         watch.close()
     log_event(directory.events, "finished", attempt=attempt)
 
 
-def _lead(
-    supervisor: Supervisor,
-    command: list[str],
-    environment: dict[str, str],
-    watch: Callable[[], None],
-    team: Team | None,
-) -> None:
-    """Run the own ranks to their end, and where there are others, theirs. Raises the cause that explains the rest."""
-    if team is None:
-        supervisor.run_to_end(command, environment, watch)
-        return
-
-    def look() -> None:
-        watch()
-        team.look()
-
-    own: ToolkitError | None = None
-    try:
-        supervisor.run_to_end(command, environment, look)
-    except ToolkitError as error:
-        own = error
-    team.settle(own)
-
-
-def _ranks_of_node(
+def ranks_of_node(
     run: RunDir, attempt: int, arguments: Sequence[str], rendezvous: Rendezvous, look: Callable[[], None]
 ) -> None:
     """Start this machine's ranks of a run that node 0 leads, and wait for them."""

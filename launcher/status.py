@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import sys
 import time
 from typing import IO, Any
@@ -16,18 +17,21 @@ from slurm import client
 
 _ENDS = ("failed", "finished")
 _FOLLOW_S = 0.5
+# One line alone may be of a step that was cut short.
+_RATE_LINES = 20
 
 
 def print_status(path: str) -> None:
     """State, progress, rate, time left, restarts, newest checkpoint, and the cause of the end in words."""
-    run = RunDir.existing(path)
+    run = RunDir.any_kind(path)
     events = list(read_lines(run.events))
     lines = [("run", str(run.path)), ("state", _state(run, events))]
-    steps = read_json(run.plan)["steps"] if run.plan.is_file() else None
-    last = next((line for line in reversed(list(read_lines(run.metrics))) if line["split"] == "train"), None)
-    if last is not None:
+    steps = read_json(run.plan).get("steps") if run.plan.is_file() else None
+    trained = [line for line in read_lines(run.metrics) if line["split"] == "train"]
+    if trained:
+        last = trained[-1]
         lines.append(("step", f"{last['step']} of {steps}, loss {last.get('loss') or float('nan'):.4f}"))
-        rate = last.get("samples_per_s")
+        rate = statistics.median(line.get("samples_per_s") or 0.0 for line in trained[-_RATE_LINES:])
         if rate:
             batch = read_json(run.plan)["global_batch_size"]
             left = (steps - last["step"]) * batch / rate if run.is_locked() or _is_running(run) else 0.0
@@ -46,7 +50,7 @@ def print_status(path: str) -> None:
 
 def print_logs(path: str, rank: int | None, follows: bool) -> None:
     """What the run has said: the job's or launcher's own output, or one rank's log."""
-    run = RunDir.existing(path)
+    run = RunDir.any_kind(path)
     if rank is not None:
         files = [run.rank_log(rank)]
     else:
@@ -64,7 +68,7 @@ def print_logs(path: str, rank: int | None, follows: bool) -> None:
 
 def cancel(path: str) -> None:
     """End a run for good; what is saved stays, and `dist-train resume` goes on with it."""
-    run = RunDir.existing(path)
+    run = RunDir.any_kind(path)
     job = _job(run)
     if job is not None and not client.has_ended(job):
         client.cancel(job)
@@ -92,12 +96,13 @@ def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
         return ", ".join(words).replace(", (", " (")
     if run.is_locked():
         return "running"
-    if run.report_json.is_file():
+    ends = [event for event in events if event["event"] in ("run_started", *_ENDS)]
+    if run.report_json.is_file() or (ends and ends[-1]["event"] == "finished"):
         return "done"
-    last = next((event for event in reversed(events) if event["event"] in ("run_started", *_ENDS)), None)
-    if last is None:
+    if not ends:
         early = f"job {job} ended before it started the ranks: dist-train logs {run.path}"
         return "not started" if job is None else early
+    last = ends[-1]
     if last["event"] == "run_started":
         return f"interrupted, go on with: dist-train resume {run.path}"
     stopped = last.get("code") == Preempted.exit_code

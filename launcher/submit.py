@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dist_train import config_io
+from dist_train import config_io, config_text
 from dist_train.config import RunConfig, SlurmConfig
 from dist_train.errors import BusyError, ConfigError
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.recipe import load_recipe
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from dist_train.start_run import Start, check_deepspeed_base, new_run, print_plan
+from launcher.launch import make_launch
 from launcher.measure import measure_profile
 from launcher.preflight import check_imports
 from launcher.show_plan import imagined_hardware
@@ -24,6 +27,9 @@ from launcher.snapshot import snapshot
 from launcher.start import check_accelerate_base, git_state
 from slurm import client
 from slurm.script import Job, render
+
+# Options of `launch` that a submitted script has not.
+_NOT_GIVEN = dict.fromkeys(("gpu_ids", "offload", "deepspeed_config", "accelerate_config"))
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
         directory = RunDir(config.output_dir / (config.name or "NAME"))
         print(script_of(directory, wish, dependency), end="")
         return None
-    hardware = _cluster_hardware(config, wish)
+    hardware = _cluster_hardware(wish)
     start = new_run(recipe_name, overrides, _check, git_state(), measure=measure_profile, hardware=hardware)
     directory = start.directory
     with _removed_on_failure(directory):
@@ -58,15 +64,48 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
         copied = snapshot(directory.code, own if own is not None and own.is_absolute() else None)
         if copied["project"] is not None:
             moved = start.config.model_copy(update={"recipe": copied["project"]})
-            write_atomic(directory.config, config_io.dump(moved, start.settings.sources, directory.name))
+            write_atomic(directory.config, config_text.dump(moved, start.settings.sources, directory.name))
         print_plan(directory, start.plan)
         hand_in(directory, wish, dependency)
     return directory
 
 
-def hand_in(directory: RunDir, wish: Wish, dependency: str | None = None) -> str:
+def submit_script(
+    target: list[str], words: list[str], is_dry: bool, after: str | None, flags: dict[str, Any]
+) -> RunDir | None:
+    """Make the run of a user's own script and submit it. target: the script, or -m and a module. words: settings
+    slurm.KEY=VALUE, then the script's own arguments."""
+    check_imports()
+    settings = list(itertools.takewhile(lambda word: word.startswith("slurm."), words))
+    command = [*target, *words[len(settings) :]]
+    dependency = None if after is None else dependency_on(after)
+    slurm = config_io.slurm_settings(settings)
+    if flags["gpus_per_node"] is None:
+        raise ConfigError("say how many ranks each node has: --gpus-per-node K.")
+    wish = Wish(flags["nodes"] or 1, flags["gpus_per_node"], slurm)
+    check_room(wish)
+    given = {**_NOT_GIVEN, **{name: flags[name] for name in ("gpus_per_node", "precision")}}
+    given |= {"nodes": wish.nodes, "strategy": flags["strategy"] or "auto"}
+    launch = make_launch(command, flags["name"], None, _cluster_hardware(wish), given)
+    directory = launch.directory
+    if is_dry:
+        print(script_of(directory, wish, dependency, stops_early=False), end="")
+        return None
+    directory.create(launch.files)
+    with _removed_on_failure(directory):
+        is_module = command[0] == "-m"
+        copied = snapshot(directory.code, Path.cwd() if is_module else Path(command[0]))
+        moved = command if is_module else [copied["project"], *command[1:]]
+        write_atomic(directory.plan, launch.plan_json(moved, code=copied["project"] if is_module else None))
+        print(f"run directory  {directory.path}")
+        print(f"plan           {launch.plan.world_size} x {launch.plan.device}, {launch.plan.strategy}")
+        hand_in(directory, wish, dependency, stops_early=False)
+    return directory
+
+
+def hand_in(directory: RunDir, wish: Wish, dependency: str | None = None, stops_early: bool = True) -> str:
     """Write the script into the run directory and submit it. Returns the job's id."""
-    write_atomic(directory.job_script, script_of(directory, wish, dependency))
+    write_atomic(directory.job_script, script_of(directory, wish, dependency, stops_early))
     earlier = read_json(directory.job)["jobs"] if directory.job.is_file() else []
     job_id = client.submit(directory.job_script)
     write_json(directory.job, {"jobs": [*earlier, job_id], "submitted": round(time.time(), 3)})
@@ -75,7 +114,8 @@ def hand_in(directory: RunDir, wish: Wish, dependency: str | None = None) -> str
     return job_id
 
 
-def script_of(directory: RunDir, wish: Wish, dependency: str | None = None) -> str:
+def script_of(directory: RunDir, wish: Wish, dependency: str | None = None, stops_early: bool = True) -> str:
+    """stops_early: whether what runs saves before the time limit and goes on afterwards."""
     python = wish.slurm.python or sys.executable
     return render(
         Job(
@@ -87,9 +127,14 @@ def script_of(directory: RunDir, wish: Wish, dependency: str | None = None) -> s
             pid_file=directory.head_pid,
             log=directory.logs / "slurm-%j.log",
             dependency=dependency,
+            stops_early=stops_early,
         ),
         wish.slurm,
     )
+
+
+def was_submitted(path: str) -> bool:
+    return RunDir(path).job.is_file()
 
 
 def resubmit(path: str, overrides: list[str]) -> RunDir:
@@ -104,7 +149,7 @@ def resubmit(path: str, overrides: list[str]) -> RunDir:
         sources = config_io.recorded_sources(directory)
         changed = dict.fromkeys((text.partition("=")[0] for text in overrides), "command line, on resume")
         config = config_io.resume_overrides(config, overrides)
-        write_atomic(directory.config, config_io.dump(config, sources | changed, directory.name))
+        write_atomic(directory.config, config_text.dump(config, sources | changed, directory.name))
     wish = _wish(config)
     hand_in(directory, wish)
     return directory
@@ -158,14 +203,14 @@ def _wish(config: RunConfig) -> Wish:
     return wish
 
 
-def _cluster_hardware(config: RunConfig, wish: Wish) -> Hardware:
+def _cluster_hardware(wish: Wish) -> Hardware:
     """What the plan is made for."""
     here = detect_hardware()
     if wish.slurm.gpus == "none":
         cores = wish.slurm.cpus_per_node or wish.per_node
         return Hardware("cluster", "not known", cores, here.memory_gib)
     if wish.slurm.gpu_memory is not None:
-        return imagined_hardware(config, wish.slurm.gpu_memory)
+        return imagined_hardware(wish.per_node, wish.slurm.gpu_memory, "slurm.gpu_memory")
     if not here.gpus:
         raise ConfigError(
             "slurm.gpu_memory is null, and this machine has no GPU to plan for: set it to the memory of one GPU there, "

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_train import config_io
+from dist_train import config_io, config_text
 from dist_train.config import RunConfig
 from dist_train.config_io import flatten, load
 from dist_train.errors import ConfigError, ToolkitError, UnsafeInputError
@@ -192,7 +192,7 @@ def test_a_config_that_is_written_and_read_is_the_same(tmp_path_factory: pytest.
     folder.mkdir(exist_ok=True)
     data = {"cache_dir": "/c", **changes.pop("data", {})}
     config = Config(recipe="ticket_routing", output_dir="/runs", data=data, **changes)
-    (folder / "config.yaml").write_text(config_io.dump(config, {"seed": "mine.yaml:3"}, "first"), encoding="utf-8")
+    (folder / "config.yaml").write_text(config_text.dump(config, {"seed": "mine.yaml:3"}, "first"), encoding="utf-8")
     again = config_io.load_run_config(RunDir(folder))
     assert flatten(again) == {**flatten(config), "name": None}
 

@@ -12,6 +12,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 import psutil
@@ -106,9 +107,11 @@ class Meeting:
                 "whether the command runs there, and whether that address can be reached from there."
             )
 
-    def tell(self, message: Message) -> None:
-        for link in self.links.values():
-            link.send(message)
+    def tell(self, message: Message, ranks: Collection[int] | None = None) -> None:
+        """All the others, or some."""
+        for rank, link in self.links.items():
+            if ranks is None or rank in ranks:
+                link.send(message)
 
     def answers(self, timeout_s: float) -> dict[int, Message | None]:
         """The next message of each node; None of one that is lost or has not answered in time."""

@@ -36,8 +36,10 @@ from launcher.accelerate_config import Rendezvous
 from launcher.meeting import MEETING_S, Link, Meeting, Message, call, free_port, interface_towards
 from launcher.process import Supervisor
 
-# How long the other nodes may take to say how their ranks ended, once those of node 0 have.
+# How long the other nodes may take to say how their ranks ended, once those of node 0 have; and once they are told to.
 _LAST_WORDS_S = 30.0
+# The same where those of node 0 have failed: long enough that a cause which lies elsewhere is heard.
+_OWN_WORDS_S = 12.0
 _POLL_S = 0.2
 
 
@@ -126,19 +128,32 @@ class Team:
 
     def settle(self, own: ToolkitError | None) -> None:
         """When the own ranks have ended: wait for the others, and raise the cause that explains the rest."""
-        deadline = time.monotonic() + _LAST_WORDS_S
-        lost: list[ToolkitError] = []
-        while len(self._ended) + len(lost) < self.place.nodes - 1 and time.monotonic() < deadline:
-            for rank, message in self._meeting.news().items():
-                if message is not None:
-                    self._ended[rank] = message
-                elif rank not in self._ended:
-                    lost = [self._lost(rank)]
-            time.sleep(_POLL_S)
+        self._hear(_LAST_WORDS_S if own is None else _OWN_WORDS_S)
+        silent = self._silent()
+        if silent:
+            # Their ranks may wait for ours, or be stopped.
+            code, words = (CrashError.exit_code, "its ranks have ended") if own is None else (own.exit_code, str(own))
+            self._meeting.tell({"stop": code, "message": words}, silent)
+            self._hear(_LAST_WORDS_S)
+        lost: list[ToolkitError] = [self._lost(rank) for rank in self._silent()]
         errors = [_error_of(message) for message in self._ended.values() if message.get("ended")]
         errors = [error for error in (own, *errors, *lost) if error is not None]
         if errors:
             raise max(errors, key=_weight)
+
+    def _hear(self, timeout_s: float) -> None:
+        """Until every node has said how its ranks ended, or is lost."""
+        deadline, lost = time.monotonic() + timeout_s, set[int]()
+        while set(self._silent()) - lost and time.monotonic() < deadline:
+            for rank, message in self._meeting.news().items():
+                if message is None:
+                    lost.add(rank)
+                else:
+                    self._ended[rank] = message
+            time.sleep(_POLL_S)
+
+    def _silent(self) -> list[int]:
+        return [rank for rank in range(1, self.place.nodes) if rank not in self._ended]
 
     def close(self, error: BaseException | None) -> None:
         """Tell all how it ended."""
@@ -323,7 +338,8 @@ def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: S
             message = link.receive(0)
             if message is None:
                 raise NodeLostError("node 0 is gone: its launcher ended, or it cannot be reached any more.")
-            raise error_for_code(message.get("end") or CrashError.exit_code)(f"node 0: {message.get('message')}")
+            code = message.get("stop") or message.get("end") or CrashError.exit_code
+            raise error_for_code(code)(f"node 0: {message.get('message')}")
 
     rendezvous = Rendezvous(place.node_rank, place.host, order["port"], interface_towards(place.host))
     try:

@@ -38,6 +38,8 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 # How long the other ranks may take to end by themselves once one has died.
 _GRACE_S = 10.0
+# How long the stacks of all threads may take to be written.
+_STACKS_S = 1.0
 # A rank's own report of its failure needs so much.
 _LEAST_FREE_BYTES = 4096
 _TAIL_BYTES = 1 << 20
@@ -107,6 +109,9 @@ class Supervisor:
                 )
             try:
                 self._wait(child, watch)
+            except HangError:
+                self._have_stacks_written()
+                raise
             finally:
                 self._kill_all(child)
         finally:
@@ -159,6 +164,7 @@ class Supervisor:
         """Of every rank into its own log. One that was stopped has to go on for it."""
         self._tell_ranks(signal.SIGUSR2)
         self._tell_ranks(signal.SIGCONT)
+        time.sleep(_STACKS_S)
 
     def _kill_all(self, child: subprocess.Popen[bytes]) -> None:
         self._look()

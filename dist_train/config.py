@@ -279,7 +279,7 @@ class SlurmConfig(Section):
     """Container to run in: an image file or address."""
     container: Literal["pyxis", "apptainer"] = "pyxis"
     """What runs the container."""
-    container_mounts: list[Word] = []
+    container_mounts: list[Line] = []
     """Folders that the container sees beside the run's own, as FROM:TO."""
     stop_early_s: Annotated[int, Field(ge=10, le=3600)] = 120
     """So long before the time limit the step under way is ended and saved, and the job requeues itself."""

@@ -139,6 +139,8 @@ def known_run(
 def planned_run(directory: RunDir) -> Start:
     """A run as it is, to be looked at or evaluated again. The caller holds the directory."""
     config = config_io.load_run_config(directory)
+    # An evaluation is exact on any number of ranks: this machine's are enough.
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"nodes": 1})})
     recipe = load_recipe(config.recipe)
     facts = kept_data(directory, config, recipe)
     # Not judged by memory: evaluation needs the weights alone.

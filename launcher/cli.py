@@ -44,12 +44,15 @@ def run(
     type the same on each, with --nodes N --head HOST:PORT and its own --node-rank.
     """
     from launcher import start
+    from launcher.allocated import in_foreign_allocation, run_in_allocation
     from launcher.nodes import place_by_hand
     from launcher.summary import print_summary
 
     words = all_settings(settings, flags, debug)
     place = place_by_hand(flags["nodes"], node_rank, head)
-    if place is not None and place.node_rank > 0:
+    if place is None and not debug and in_foreign_allocation():
+        run_in_allocation(recipe, words)
+    elif place is not None and place.node_rank > 0:
         start.join(place, [recipe, *words])
     else:
         print_summary(start.run(recipe, words, debug, place))

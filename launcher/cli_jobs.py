@@ -19,6 +19,9 @@ from launcher.cli_options import STRATEGIES, all_settings
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="How training is spread; else auto.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of a script; else its own.")
 @click.option("--name", help="Name of a script's run directory; of a recipe's: name=...")
+@click.option("--seeds", type=click.IntRange(1), help="An array of runs with so many seeds.")
+@click.option("--ladder", is_flag=True, help="An array of the runs of `dist-train ablate`, with --seeds of each.")
+@click.option("--checkpoint", help="TARGET is a run: evaluate its checkpoint best, last or STEP, as `dist-train eval`.")
 @click.option("--after", metavar="RUN", help="Start when the job of this run has ended well.")
 @click.option("--dry-run", "is_dry", is_flag=True, help="Print the script, and do nothing.")
 def submit(target: str, words: tuple[str, ...], module: bool, after: str | None, is_dry: bool, **flags: Any) -> None:
@@ -28,15 +31,25 @@ def submit(target: str, words: tuple[str, ...], module: bool, after: str | None,
     A recipe's job saves and requeues itself at its time limit and when it is preempted, until the report is written.
     What the cluster is asked for is in the keys slurm.*, best set once in the site file.
     """
+    from launcher import array as arrays
     from launcher import submit as jobs
 
     if module or target.endswith(".py"):
         jobs.submit_script((["-m"] if module else []) + [target], list(words), is_dry, after, flags)
         return
+    array = {name: flags.pop(name) for name in ("seeds", "ladder", "checkpoint")}
     for name, key in (("precision", "train.precision"), ("name", "name")):
         if flags.pop(name) is not None:
             raise click.UsageError(f"--{name} is for a script: give a recipe {key}=...")
-    jobs.submit_recipe(target, all_settings(words, flags), is_dry, after)
+    settings = all_settings(words, flags)
+    if array["checkpoint"] is not None:
+        jobs.submit_evaluation(target, array["checkpoint"], is_dry, after)
+    elif array["ladder"]:
+        arrays.submit_ladder(target, settings, array["seeds"] or 3, is_dry, after)
+    elif array["seeds"] is not None:
+        arrays.submit_seeds(target, settings, array["seeds"], is_dry, after)
+    else:
+        jobs.submit_recipe(target, settings, is_dry, after)
 
 
 @click.command(short_help="How far a run is, and why it ended.")
@@ -70,12 +83,13 @@ def cancel(run_dir: str) -> None:
 
 @click.command(hidden=True)
 @click.argument("run_dir")
-def node(run_dir: str) -> None:
-    """Train the submitted run on this node of its Slurm job."""
+@click.argument("index", type=int, required=False)
+def node(run_dir: str, index: int | None) -> None:
+    """Train the submitted run, or the one at INDEX of an array, on this node of its Slurm job."""
     from launcher.job import run_node
     from launcher.summary import print_summary
 
-    run = run_node(run_dir)
+    run = run_node(run_dir, index)
     if run is not None:
         print_summary(run)
 

@@ -7,10 +7,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from dist_train.errors import BusyError, ConfigError, StorageError
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from launcher import launch, start
+from launcher.array import member_of
 from launcher.meeting import MEETING_S
 from launcher.nodes import Place, follow
 from slurm import client
@@ -21,30 +23,34 @@ _HELD_S = 120.0
 _POLL_S = 0.5
 
 
-def run_node(path: str) -> RunDir | None:
-    """Train the run on this node of the job. Returns it on node 0."""
+def run_node(path: str, index: int | None) -> RunDir | None:
+    """Train the run on this node of the job; index: of an array whose folder is `path`. Returns the run on node 0."""
     allocation = read_allocation()
     if allocation is None:
         raise ConfigError("this is no Slurm job: dist-train submit makes one, which then calls this command.")
+    pid_file = RunDir(path).head_pid
     directory = RunDir(path)
+    if index is not None:
+        directory = member_of(directory.path, index)
+        pid_file = pid_file.with_name(f"{pid_file.name}{index}")
     if not directory.plan.is_file() and not directory.config.is_file():
         raise ConfigError(f"{directory.path} is no run that was submitted.")
     if allocation.nodes == 1:
-        return _lead(directory, None, lambda port: None)
+        return _lead(directory, pid_file, None, lambda port: None)
     host = client.host_names(allocation.node_names)[0]
     _check_name(host, allocation)
     if allocation.node_rank == 0:
         place = Place(0, allocation.nodes, host, 0)
-        return _lead(directory, place, lambda port: _announce(directory, allocation, port))
+        return _lead(directory, pid_file, place, lambda port: _announce(directory, allocation, port))
     port = _announced_port(directory, allocation)
     place = Place(allocation.node_rank, allocation.nodes, host, port)
-    follow(place, launch.ranks_of_node if _is_script(directory) else start.ranks_of_node, [path])
+    follow(place, launch.ranks_of_node if _is_script(directory) else start.ranks_of_node, [str(directory.path)])
     return None
 
 
-def _lead(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> RunDir | None:
+def _lead(directory: RunDir, pid_file: Path, place: Place | None, announce: Callable[[int], None]) -> RunDir | None:
     with _held(directory):
-        write_atomic(directory.head_pid, f"{os.getpid()}\n")
+        write_atomic(pid_file, f"{os.getpid()}\n")
         if _is_script(directory):
             launch.launch_in_job(directory, place, announce)
             return None

@@ -7,6 +7,7 @@ import signal
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import IO, Any
 
 from dist_train.errors import ConfigError, Preempted, error_for_code
@@ -55,6 +56,8 @@ def print_logs(path: str, rank: int | None, follows: bool) -> None:
         files = [run.rank_log(rank)]
     else:
         files = sorted(run.logs.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime) or [run.rank_log(0)]
+        in_array = read_json(run.job).get("log") if run.job.is_file() else None
+        files = files if in_array is None else [Path(in_array)]
     if not files[-1].is_file():
         known = ", ".join(file.stem.removeprefix("rank") for file in sorted(run.logs.glob("rank*.log"))) or "none yet"
         raise ConfigError(f"there is no {files[-1]}; ranks with a log: {known}.")

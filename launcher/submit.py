@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,19 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
     check_imports()
     dependency = None if after is None else dependency_on(after)
     config = config_io.load(recipe_name, overrides).config
-    wish = _wish(config)
+    wish = wish_of(config)
     if is_dry:
         directory = RunDir(config.output_dir / (config.name or "NAME"))
         print(script_of(directory, wish, dependency), end="")
         return None
+    directory = make_run(recipe_name, overrides, wish)
+    with _removed_on_failure(directory):
+        hand_in(directory, wish, dependency)
+    return directory
+
+
+def make_run(recipe_name: str, overrides: list[str], wish: Wish) -> RunDir:
+    """The run of a recipe, planned for the cluster, with a copy of the code."""
     hardware = _cluster_hardware(wish)
     start = new_run(recipe_name, overrides, _check, git_state(), measure=measure_profile, hardware=hardware)
     directory = start.directory
@@ -66,7 +74,25 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
             moved = start.config.model_copy(update={"recipe": copied["project"]})
             write_atomic(directory.config, config_text.dump(moved, start.settings.sources, directory.name))
         print_plan(directory, start.plan)
-        hand_in(directory, wish, dependency)
+    return directory
+
+
+def submit_evaluation(run: str, checkpoint: str, is_dry: bool, after: str | None) -> RunDir | None:
+    """Evaluate a checkpoint of a run that was submitted, as a job of one node."""
+    directory = RunDir.existing(run)
+    dependency = None if after is None else dependency_on(after)
+    config = config_io.load_run_config(directory)
+    wish = replace(wish_of(config), nodes=1)
+    words = ("eval", str(directory.path), "--checkpoint", checkpoint)
+    script = directory.path / "evaluation.sh"
+    text = script_of(directory, wish, dependency, stops_early=False, words=words)
+    if is_dry:
+        print(text, end="")
+        return None
+    if not directory.code.is_dir():
+        snapshot(directory.code, None)
+    write_atomic(script, text)
+    print(f"job            {client.submit(script)}: {script}")
     return directory
 
 
@@ -114,18 +140,28 @@ def hand_in(directory: RunDir, wish: Wish, dependency: str | None = None, stops_
     return job_id
 
 
-def script_of(directory: RunDir, wish: Wish, dependency: str | None = None, stops_early: bool = True) -> str:
-    """stops_early: whether what runs saves before the time limit and goes on afterwards."""
+def script_of(
+    directory: RunDir,
+    wish: Wish,
+    dependency: str | None = None,
+    stops_early: bool = True,
+    words: tuple[str, ...] = (),
+    array: str | None = None,
+    code: Path | None = None,
+) -> str:
+    """stops_early: whether what runs saves before the time limit and goes on afterwards. words: of the command that
+    each node runs, by default the run's training. array: its indices. code: where the code lies, if elsewhere."""
     python = wish.slurm.python or sys.executable
     return render(
         Job(
             name=directory.name,
             nodes=wish.nodes,
             gpus_per_node=wish.gpus,
-            code=directory.code,
-            command=(python, "-P", "-u", "-m", "launcher", "node", str(directory.path)),
+            code=code or directory.code,
+            command=(python, "-P", "-u", "-m", "launcher", *(words or ("node", str(directory.path)))),
             pid_file=directory.head_pid,
-            log=directory.logs / "slurm-%j.log",
+            log=directory.logs / ("slurm-%j.log" if array is None else "slurm-%A_%a.log"),
+            array=array,
             dependency=dependency,
             stops_early=stops_early,
         ),
@@ -150,7 +186,7 @@ def resubmit(path: str, overrides: list[str]) -> RunDir:
         changed = dict.fromkeys((text.partition("=")[0] for text in overrides), "command line, on resume")
         config = config_io.resume_overrides(config, overrides)
         write_atomic(directory.config, config_text.dump(config, sources | changed, directory.name))
-    wish = _wish(config)
+    wish = wish_of(config)
     hand_in(directory, wish)
     return directory
 
@@ -193,7 +229,7 @@ def check_room(wish: Wish) -> None:
         raise ConfigError("; ".join(problems) + ". Ask for less, or for another slurm.partition.")
 
 
-def _wish(config: RunConfig) -> Wish:
+def wish_of(config: RunConfig) -> Wish:
     """What the config asks for, if the cluster has it."""
     per_node = config.parallel.processes_per_node
     if per_node is None:

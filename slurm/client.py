@@ -57,6 +57,11 @@ def submit(script: Path) -> str:
     return _call(["sbatch", "--parsable", str(script)]).strip().partition(";")[0]
 
 
+def run_step(command: list[str], environment: dict[str, str]) -> int:
+    """Run an srun in the foreground, to its end. Returns its exit code."""
+    return subprocess.run(command, env=environment).returncode
+
+
 def cancel(job_id: str) -> None:
     _call(["scancel", job_id])
 

@@ -18,8 +18,9 @@ _BEFORE = """\
 # Before the time limit Slurm tells this script alone, and this script one launcher, which runs on this node: to signal
 # the step would reach every process in it. TERM means that the job is cancelled or preempted: all have got it, and what
 # comes then is not for this script to decide.
-rm -f {pid_file}
-stop_early() {{ kill -USR1 "$(cat {pid_file})"; }}
+pid_file={pid_file}"${{SLURM_ARRAY_TASK_ID:-}}"
+rm -f "$pid_file"
+stop_early() {{ kill -USR1 "$(cat "$pid_file")"; }}
 ended=
 trap stop_early USR1
 trap 'ended=1' TERM
@@ -64,7 +65,7 @@ class Job:
     command: tuple[str, ...]
     """What each node runs, once."""
     pid_file: Path
-    """Holds the process id of the launcher on the job's first node."""
+    """Holds the process id of the launcher on the job's first node; in an array its index follows the name."""
     log: Path
     """Where the job's own output goes; %j and %A stand for its number, as in sbatch."""
     array: str | None = None
@@ -139,15 +140,12 @@ def _options(job: Job, slurm: SlurmConfig) -> list[tuple[str, str | None]]:
 
 
 def _step(job: Job, slurm: SlurmConfig) -> str:
-    """The srun that starts one launcher on each node."""
-    words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", "--ntasks-per-node=1"]
-    # A launcher that ended must not take the others with it: they save, and say why.
-    words += ["--kill-on-bad-exit=0", "--wait=0"]
-    if slurm.cpus_per_node is not None:
-        words.append(f"--cpus-per-task={slurm.cpus_per_node}")  # srun does not take it from sbatch any more
+    """The command line that starts one launcher on each node."""
+    words = step_words(job.nodes, slurm)
     command: Sequence[str] = job.command
     if slurm.container_image is not None:
-        seen = [f"{job.code.parent}:{job.code.parent}", *slurm.container_mounts]
+        own = job.pid_file.parent
+        seen = [f"{own}:{own}", *slurm.container_mounts]
         if slurm.container == "pyxis":
             words += [f"--container-image={slurm.container_image}", f"--container-mounts={','.join(seen)}"]
         else:
@@ -155,6 +153,16 @@ def _step(job: Job, slurm: SlurmConfig) -> str:
             command = ["apptainer", "exec", *gpus, "--bind", ",".join(seen), slurm.container_image, *command]
     index = ' "$SLURM_ARRAY_TASK_ID"' if job.array is not None else ""
     return shlex.join([*words, *command]) + index
+
+
+def step_words(nodes: int, slurm: SlurmConfig) -> list[str]:
+    """The srun that starts one task on each node."""
+    words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    # A launcher that ended must not take the others with it: they save, and say why.
+    words += ["--kill-on-bad-exit=0", "--wait=0"]
+    if slurm.cpus_per_node is not None:
+        words.append(f"--cpus-per-task={slurm.cpus_per_node}")  # srun does not take it from sbatch any more
+    return words
 
 
 def _value(value: str | None) -> str:

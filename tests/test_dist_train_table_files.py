@@ -121,7 +121,11 @@ def test_a_plain_folder_is_no_data_set(tmp_path: Path) -> None:
         ("a.csv", b'text,queue\n"two\nlines",y\ncaf\xe9,y\n', ["record 2, line 4: byte 0xe9", "iconv"]),
         ("a.tsv", b"text\tqueue\ncaf\xe9\ty\n", ["record 1, line 2"]),
         ("a.jsonl", b'{"text": "x", "queue": "y"}\n{"text": "\xff"}\n', ["record 2, line 2: byte 0xff"]),
-        ("a.csv.gz", gzip.compress(b'text,queue\n"two\nlines",y\ncaf\xe9,y\n', mtime=0), ["a.csv.gz: record 2, line 4"]),
+        (
+            "a.csv.gz",
+            gzip.compress(b'text,queue\n"two\nlines",y\ncaf\xe9,y\n', mtime=0),
+            ["a.csv.gz: record 2, line 4"],
+        ),
         ("a.csv.gz", gzip.compress(b"text,queue\nx,y\n", mtime=0)[:-9], ["no whole gzip file"]),
         ("a.csv.gz", b"text,queue\nx,y\n", ["no whole gzip file"]),
         ("a.jsonl", b'{"text": "x", "queue": "y"}\n{"text": \n', ["a.jsonl:2: this line is no JSON"]),

@@ -1,0 +1,40 @@
+"""dist-train run inside an allocation of Slurm (salloc): the ranks run on its nodes, wherever it is typed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from dist_train import config_io
+from dist_train.errors import ConfigError
+from launcher.submit import make_run, wish_of
+from slurm import client
+from slurm.allocation import read_allocation
+from slurm.script import step_words
+
+
+def in_foreign_allocation() -> bool:
+    """Whether there is an allocation that this process is no step of, of other machines or of several."""
+    allocation = read_allocation()
+    if allocation is None or "SLURM_STEP_ID" in os.environ or not client.is_here():
+        return False
+    return allocation.nodes > 1 or socket.gethostname() not in client.host_names(allocation.node_names)
+
+
+def run_in_allocation(recipe_name: str, overrides: list[str]) -> None:
+    """Make the run, and train it on the nodes of the allocation: one srun, one launcher a node."""
+    allocation = read_allocation()
+    assert allocation is not None
+    settings = [*overrides]
+    config = config_io.load(recipe_name, settings).config
+    if config.parallel.nodes > allocation.nodes:
+        raise ConfigError(
+            f"parallel.nodes is {config.parallel.nodes}, but the allocation {allocation.job_id} has "
+            f"{allocation.nodes}: lower --nodes, or allocate more."
+        )
+    wish = wish_of(config)
+    directory = make_run(recipe_name, settings, wish)
+    python = wish.slurm.python or sys.executable
+    words = [*step_words(wish.nodes, wish.slurm), python, "-P", "-u", "-m", "launcher", "node", str(directory.path)]
+    sys.exit(client.run_step(words, {**os.environ, "PYTHONPATH": str(directory.code), "PYTHONSAFEPATH": "1"}))

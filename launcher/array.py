@@ -1,0 +1,68 @@
+"""dist-train submit --seeds N or --ladder: several runs of a recipe as one Slurm array, below one folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_train import config_io
+from dist_train.errors import BusyError
+from dist_train.rundir import RunDir, read_json, write_atomic, write_json
+from launcher.ablate import Study
+from launcher.study import Member, study_folder
+from launcher.submit import Wish, dependency_on, make_run, script_of, wish_of
+from slurm import client
+
+MEMBERS = "members.json"
+"""In the folder of an array: its runs, in the order of the indices."""
+
+
+def submit_seeds(recipe: str, settings: list[str], seeds: int, is_dry: bool, after: str | None) -> Path | None:
+    """The recipe with so many seeds, from its own on. Returns the folder of the runs."""
+    config = config_io.load(recipe, settings).config
+    folder = study_folder(config, recipe, "seeds")
+    members = [
+        Member(index, f"seed {seed}", recipe, (*settings, f"seed={seed}"), RunDir(folder / f"seed-{seed}"))
+        for index, seed in enumerate(range(config.seed, config.seed + seeds))
+    ]
+    return _submit(folder, members, wish_of(config), is_dry, after)
+
+
+def submit_ladder(recipe: str, settings: list[str], seeds: int, is_dry: bool, after: str | None) -> Path | None:
+    """The runs of `dist-train ablate`; that command then makes the table of them. Returns their folder."""
+    config = config_io.load(recipe, settings).config
+    study = Study(recipe, settings, seeds)
+    return _submit(study.folder, study.members, wish_of(config), is_dry, after)
+
+
+def member_of(folder: Path, index: int) -> RunDir:
+    """The run at an index of an array."""
+    names: list[str] = read_json(folder / MEMBERS)["runs"]
+    return RunDir(folder / names[index])
+
+
+def _submit(folder: Path, members: Sequence[Member], wish: Wish, is_dry: bool, after: str | None) -> Path | None:
+    dependency = None if after is None else dependency_on(after)
+    array = RunDir(folder)
+    indices = f"0-{len(members) - 1}"
+    if is_dry:
+        print(script_of(array, wish, dependency, array=indices), end="")
+        return None
+    if array.job.is_file() and not client.has_ended(read_json(array.job)["jobs"][-1]):
+        raise BusyError(f"the array of {folder} waits or runs: nothing was touched.")
+    missing = [member for member in members if not member.run.report_json.is_file()]
+    for member in missing:
+        if not member.run.config.is_file():
+            make_run(member.recipe, list(member.words), wish)
+    array.logs.mkdir(parents=True, exist_ok=True)
+    write_json(folder / MEMBERS, {"runs": [member.run.name for member in missing]})
+    indices = f"0-{len(missing) - 1}"
+    write_atomic(array.job_script, script_of(array, wish, dependency, array=indices, code=missing[0].run.code))
+    job = client.submit(array.job_script)
+    write_json(array.job, {"jobs": [job], "submitted": round(time.time(), 3)})
+    for index, member in enumerate(missing):
+        write_json(member.run.job, {"jobs": [f"{job}_{index}"], "log": str(array.logs / f"slurm-{job}_{index}.log")})
+    print(f"array          {job}: {len(missing)} runs, {len(members) - len(missing)} were done before")
+    print(f"follow them    dist-train runs --output-dir {folder}, dist-train status {missing[0].run.path}")
+    return folder

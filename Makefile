@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: install demo test test-all gpu-check check format clean
+.PHONY: install demo test test-all gpu-check check format clean cluster-up cluster-down
 
 install: $(STAMP)
 
@@ -36,6 +36,13 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# A real Slurm on this machine, to try things on (docs/slurm.md). Needs root and Slurm's packages.
+cluster-up:
+	tests/cluster/up.sh
+
+cluster-down:
+	tests/cluster/down.sh
 
 # Every strategy on one NVIDIA GPU, from the generated configs; prints a table for docs/LOG.md.
 gpu-check: $(STAMP)

@@ -27,6 +27,8 @@ CODE = "DIST_TRAIN_CODE"
 MODEL_RECORD = "dist_train.json"
 """What a model folder says of its model; no other folder has it."""
 
+_LOOK_AGAIN_S = 0.5
+
 
 class RunDir:
     """The paths of one run below `<output_dir>/<name>/`."""
@@ -118,8 +120,8 @@ class RunDir:
             shutil.rmtree(temporary, ignore_errors=True)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory for one live run. BusyError when another process holds it.
+    def locked(self, patience_s: float = 0.0) -> Iterator[None]:
+        """Hold the directory for one live run. BusyError when another process holds it for longer than patience_s.
 
         A POSIX record lock: it works across hosts where the file system's locks do, and ends with its process.
         """
@@ -128,6 +130,9 @@ class RunDir:
         except OSError as error:
             raise unwritable(self.path, error) from error
         try:
+            deadline = time.monotonic() + patience_s
+            while self.is_locked() and time.monotonic() < deadline:
+                time.sleep(_LOOK_AGAIN_S)
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -33,7 +33,7 @@ from launcher.accelerate_config import (
 from launcher.nodes import Place, Team, lead, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports
 from launcher.process import Supervisor
-from launcher.start import command_lines, git_state
+from launcher.start import LET_GO_S, command_lines, git_state
 from launcher.watch import LogTail
 
 _MODULE = "dist_train.user_script"
@@ -133,9 +133,9 @@ def make_launch(
 
 
 def launch_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
-    """Start a script that was submitted; the caller holds its directory."""
+    """Start a script that was submitted."""
     plan, command = _read_plan(directory)
-    with leading(place, [str(directory.path)], announce) as team:
+    with leading(place, [str(directory.path)], announce) as team, directory.locked(LET_GO_S):
         _run(directory, plan, detect_hardware(), command, team)
 
 

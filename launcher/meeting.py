@@ -21,6 +21,8 @@ from dist_train.errors import ConfigError, HangError
 
 MEETING_S = 60.0
 """Longest wait for the other nodes, and for what they check before the ranks start."""
+# A name that is not known by then will not be.
+_NAME_S = 10.0
 _BEAT_S = 2.0
 # A node that was silent for so long is cut off, stopped or gone.
 _SILENT_S = 20.0
@@ -178,12 +180,14 @@ class Meeting:
 
 def call(host: str, port: int, hello: Message) -> Link:
     """Another node's side. ConfigError when node 0 cannot be reached in time, with the last cause."""
-    deadline, cause = time.monotonic() + MEETING_S, ""
+    began, cause = time.monotonic(), ""
+    deadline = began + MEETING_S
     while time.monotonic() < deadline:
         try:
             link = Link(socket.create_connection((host, port), timeout=5.0))
         except socket.gaierror as error:
             cause = f"the name cannot be resolved ({error.strerror})"
+            deadline = min(deadline, began + _NAME_S)
         except OSError as error:
             cause = error.strerror or str(error)
         else:
@@ -191,8 +195,8 @@ def call(host: str, port: int, hello: Message) -> Link:
             return link
         time.sleep(0.5)
     raise ConfigError(
-        f"node {hello['node_rank']} ({hello['host']}) could not reach node 0 at {host}:{port} within "
-        f"{MEETING_S:.0f} s: {cause}. Name a host and port that every node can reach: --head HOST:PORT."
+        f"node {hello['node_rank']} ({hello['host']}) could not reach node 0 at {host}:{port} in "
+        f"{time.monotonic() - began:.0f} s: {cause}. Name a host and port that every node can reach: --head HOST:PORT."
     )
 
 

@@ -40,6 +40,9 @@ from launcher.preflight import check_can_start, check_deepspeed_build, check_gpu
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
 
+LET_GO_S = 120.0
+"""How long a job waits for its run directory, where an earlier start may still be ending."""
+
 
 def run(recipe_name: str, overrides: list[str], debug: bool = False, place: Place | None = None) -> RunDir:
     """Train from a recipe file to the report, in a new run directory. place: this machine's, which is node 0."""
@@ -54,10 +57,11 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False, place: Plac
 
 
 def train_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
-    """Begin or go on with a run that was submitted; the caller holds its directory. Ranks that crash or hang are
-    started again, at most slurm.restarts times without a new checkpoint."""
+    """Begin or go on with a run that was submitted. Ranks that crash or hang are started again, at most slurm.restarts
+    times without a new checkpoint."""
     stop = StopFlag()
-    with leading(place, [str(directory.path)], announce) as team, stop.installed():
+    # What trained in it before the job came back may still be ending on another node.
+    with leading(place, [str(directory.path)], announce) as team, stop.installed(), directory.locked(LET_GO_S):
         start = known_run(directory, [], [], lambda start: _check_start(start, False, team), measure=measure_profile)
         left = start.config.slurm.restarts
         while True:

@@ -1,1 +1,1 @@
-"""Slurm: what a job's environment says. Never imports torch."""
+"""Slurm: the script of a job, what the cluster says, what a job says of itself. Never imports torch."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from tests.front_door import (
     TICKET_SETTINGS,
     dist_train,
+    environment,
     final_shards,
     lines,
     losses,
@@ -89,10 +91,10 @@ def _slurm(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def _submit(desk: Path, name: str, *words: str, nodes: int = 2, per_node: int = 1) -> tuple[Path, str]:
-    """Submit the long training. Returns its run directory and job."""
+def _submit(desk: Path, name: str, *words: str, per_node: int = 1, **variables: str) -> tuple[Path, str]:
+    """Submit the long training on two nodes. Returns its run directory and job."""
     arguments = ["submit", "ticket_routing", *LONG, *ON_CPUS, f"name={name}", *words]
-    done = dist_train([*arguments, "--nodes", str(nodes), "--gpus-per-node", str(per_node)], desk)
+    done = dist_train([*arguments, "--nodes", "2", "--gpus-per-node", str(per_node)], desk, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     run = desk / "runs" / name
     return run, json.loads((run / "job.json").read_text())["jobs"][-1]
@@ -154,9 +156,17 @@ def test_two_nodes_train_as_one_machine_does_to_the_report(cluster: Path, whole:
     _assert_nothing_is_left(run)
 
 
-def test_time_limits_cost_nothing(cluster: Path, whole: Path) -> None:
-    """Three times Slurm tells the script of its time limit; the checkout is broken meanwhile."""
-    run, job = _submit(cluster, "limits")
+def test_time_limits_cost_nothing_and_a_broken_checkout_does_not_matter(
+    cluster: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Three times Slurm tells the script of its time limit, as it does before it."""
+    checkout = tmp_path / "checkout"
+    for package in ("launcher", "dist_train", "slurm", "recipes"):
+        shutil.copytree(SCRIPTS.parent.parent / package, checkout / package)
+    run, job = _submit(cluster, "limits", "slurm.extra=[--hold]", PYTHONPATH=str(checkout), WANDB_MODE="offline")
+    for path in checkout.rglob("*.py"):
+        path.write_text("raise RuntimeError('the checkout was edited')\n")
+    _slurm("scontrol", "release", job)
     for turn in range(3):
         wait_for_step(run, 60 * (turn + 1))
         _slurm("scancel", "--batch", "--signal=USR1", job)
@@ -168,6 +178,8 @@ def test_time_limits_cost_nothing(cluster: Path, whole: Path) -> None:
     assert _field(job, "Restarts") == "3"
     assert losses(run) == losses(whole)
     assert final_shards(run) == final_shards(whole)
+    ids = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
+    assert ids == {(run / "wandb_id").read_text().strip()}
 
 
 def test_a_preempted_job_goes_on_where_it_was(cluster: Path, whole: Path) -> None:
@@ -220,3 +232,118 @@ def test_a_cancelled_job_is_saved_and_does_not_come_back(cluster: Path) -> None:
     again = dist_train(["resume", str(run)], cluster)
     assert again.returncode == 0, again.stderr
     _ended_well(run, json.loads((run / "job.json").read_text())["jobs"][-1])
+
+
+def test_a_job_whose_config_is_wrong_ends_once(cluster: Path) -> None:
+    run, job = _submit(cluster, "wrong", "slurm.extra=[--hold]")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("lr:", "learning_rate:", 1))
+    _slurm("scontrol", "release", job)
+    _wait_for(job, "FAILED")
+    time.sleep(2)
+    assert (_field(job, "JobState"), _field(job, "ExitCode"), _field(job, "Restarts")) == ("FAILED", "2:0", "0")
+    assert "learning_rate is no known key" in next(run.glob("logs/slurm-*.log")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes", "5", "--gpus-per-node", "1"], "parallel.nodes (--nodes) is 5, but the partition low has 4"),
+        (
+            ["--nodes", "1", "--gpus-per-node", "3", "slurm.gpus=gres", "slurm.gpu_memory=16GiB"],
+            "the partition low has 2",
+        ),
+        (["--nodes", "1", "--gpus-per-node", "1", "slurm.time=1-00:00:00"], "is 1440, but the partition low has 60"),
+        (["--nodes", "1", "--gpus-per-node", "1", "slurm.partition=gpu"], "the cluster has high, low"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused_before_sbatch(cluster: Path, words: list[str], said: str) -> None:
+    before = _slurm("squeue", "-h", "-t", "all")
+    done = dist_train(["submit", "ticket_routing", *LONG, *ON_CPUS, "name=toomuch", *words], cluster)
+    assert done.returncode == 2, done.stdout
+    assert said in done.stderr
+    assert not (cluster / "runs" / "toomuch").exists()
+    assert _slurm("squeue", "-h", "-t", "all") == before
+
+
+def test_an_array_trains_three_seeds(cluster: Path) -> None:
+    words = [*TICKET_SETTINGS, "train.steps=20", "eval.every_steps=20", *ON_CPUS, "name=seeds"]
+    done = dist_train(["submit", "ticket_routing", *words, "--seeds", "3", "--gpus-per-node", "1"], cluster)
+    assert done.returncode == 0, done.stderr
+    folder = cluster / "runs" / "seeds"
+    for index in range(3):
+        run = folder / f"seed-{index}"
+        job = json.loads((run / "job.json").read_text())["jobs"][-1]
+        _wait_for(job, "COMPLETED", "FAILED")
+        assert (run / "report.html").is_file(), (folder / "logs" / f"slurm-{job}.log").read_text()
+    assert losses(folder / "seed-0") != losses(folder / "seed-1")
+    assert "seed-2: test split" in dist_train(["logs", str(folder / "seed-2")], cluster).stdout
+
+
+def test_a_trainer_script_trains_as_on_one_machine(cluster: Path) -> None:
+    script = shutil.copy(EXAMPLES / "trainer_script.py", cluster)
+    flags, own = ["--gpus-per-node", "1", "--name"], ["--max_steps", "10"]
+    done = dist_train(["launch", "--gpus-per-node", "2", "--name", "alone", script, "--", *own], cluster)
+    assert done.returncode == 0, done.stderr
+    words = ["submit", "--nodes", "2", *flags, "script", script, *ON_CPUS, "--", *own]
+    done = dist_train(words, cluster)
+    assert done.returncode == 0, done.stderr
+    run = cluster / "runs" / "script"
+    _wait_for(json.loads((run / "job.json").read_text())["jobs"][-1], "COMPLETED", "FAILED")
+    said = [re.findall(r"'loss': '?[0-9.]+", (cluster / "runs" / name / "logs" / "rank0.log").read_text())
+            for name in ("alone", "script")]  # fmt: skip
+    assert said[0] == said[1]
+    assert said[0], (run / "logs" / "rank0.log").read_text()
+
+
+def test_zero2_trains_the_same_and_is_evaluated_by_a_dependent_job(cluster: Path, whole: Path) -> None:
+    run, job = _submit(cluster, "zero2", "parallel.strategy=zero2", f"train.stop_after_steps={STEPS}")
+    done = dist_train(["submit", str(run), "--checkpoint", "last", "--after", str(run)], cluster)
+    assert done.returncode == 0, done.stderr
+    evaluation = re.search(r"job +(\d+)", done.stdout)
+    assert evaluation is not None
+    _ended_well(run, job)
+    here, there = losses(run), losses(whole)
+    assert max(abs(here[step] - there[step]) / there[step] for step in range(1, 21)) < 1e-5
+    _wait_for(evaluation[1], "COMPLETED", "FAILED")
+    assert _field(evaluation[1], "JobState") == "COMPLETED", next(run.glob("logs/slurm-*.log")).read_text()
+
+
+def test_an_allocation_is_used_by_run(cluster: Path) -> None:
+    words = [*TICKET_SETTINGS, "train.steps=20", "eval.every_steps=20", "slurm.gpus=none", "name=allocated"]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "run",
+        "ticket_routing",
+        *words,
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "1",
+    ]
+    done = subprocess.run(
+        ["salloc", "-N2", "--cpus-per-task=2", "--time=10", *command],
+        cwd=cluster,
+        env=environment(cluster, PYTHONPATH=str(SCRIPTS.parent.parent)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "n1: ranks 0 to 0; n2: ranks 1 to 1" in done.stdout
+    assert (cluster / "runs" / "allocated" / "report.html").is_file()
+
+
+def test_a_node_that_dies_costs_at_most_one_checkpoint(cluster: Path, whole: Path) -> None:
+    """Last, since it leaves the cluster with a node less."""
+    run, job = _submit(cluster, "node-lost")
+    wait_for_step(run, 60)
+    config = Path(os.environ["SLURM_CONF"])
+    os.kill(int((config.parent.parent / "run" / "slurmd.n2.pid").read_text()), signal.SIGKILL)
+    for pid in _ranks(run).values():
+        os.kill(pid, signal.SIGSTOP)  # so that there is something left to do when Slurm notices
+    _ended_well(run, job)
+    assert int(_field(job, "Restarts")) >= 1
+    assert losses(run) == losses(whole)
+    _assert_nothing_is_left(run)

@@ -65,6 +65,8 @@ def test_the_script_of_a_site_is_as_recorded(site: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", "/home/ada")
     slurm = config_io.load("ticket_routing/demo").config.slurm
     rendered = render(_job(gpus_per_node=SITES[site], array="0-2" if site == "preemptible" else None), slurm)
+    if os.environ.get("REFRESH_RECORDS"):
+        (RECORDS / f"{site}.sh").write_text(rendered)
     assert rendered == (RECORDS / f"{site}.sh").read_text()
     assert subprocess.run(["bash", "-n"], input=rendered, text=True, capture_output=True).stderr == ""
 

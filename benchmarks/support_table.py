@@ -15,6 +15,8 @@ from pathlib import Path
 
 TESTS = (
     "tests/test_dist_train_strategies.py",
+    "tests/test_dist_train_strategies_resume.py",
+    "tests/test_dist_train_strategies_steps.py",
     "tests/test_recipes_defect_detection_strategies.py",
     "tests/test_recipes_recsys_strategies.py",
 )

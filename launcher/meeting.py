@@ -96,10 +96,10 @@ class Meeting:
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="node-accept", daemon=True).start()
 
-    def wait_for_all(self) -> None:
+    def wait_for_all(self, timeout_s: float | None = None) -> None:
         """HangError that names the nodes that did not come."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self.hellos) == self.nodes - 1, MEETING_S)
+            self._changed.wait_for(lambda: len(self.hellos) == self.nodes - 1, timeout_s or MEETING_S)
             missing = [rank for rank in range(1, self.nodes) if rank not in self.hellos]
             here = ", ".join(f"{rank} ({hello['host']})" for rank, hello in sorted(self.hellos.items())) or "none"
         if missing:

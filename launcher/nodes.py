@@ -7,16 +7,12 @@ data. Afterwards each says how its ranks ended, and node 0 what comes next.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dist_train import prepared
-from dist_train.config_io import load_run_config
 from dist_train.errors import (
     ConfigError,
     CrashError,
@@ -24,22 +20,24 @@ from dist_train.errors import (
     KilledError,
     NodeLostError,
     Preempted,
+    StoppedError,
     ToolkitError,
     error_for_code,
 )
 from dist_train.events import log_event
-from dist_train.hardware import Hardware, detect_hardware
-from dist_train.recipe import code_fingerprint, load_recipe
-from dist_train.rundir import RunDir, read_json
-from dist_train.start_run import environment_facts
+from dist_train.hardware import detect_hardware
+from dist_train.rundir import RunDir
 from launcher.accelerate_config import Rendezvous
 from launcher.meeting import MEETING_S, Link, Meeting, Message, call, free_port, interface_towards
+from launcher.node_facts import check, facts_of
 from launcher.process import Supervisor
 
 # How long the other nodes may take to say how their ranks ended, once those of node 0 have; and once they are told to.
 _LAST_WORDS_S = 30.0
 # The same where those of node 0 have failed: long enough that a cause which lies elsewhere is heard.
 _OWN_WORDS_S = 12.0
+# How long who has not come yet is awaited, to be told that all is over.
+_LATE_S = 15.0
 _POLL_S = 0.2
 
 
@@ -157,8 +155,15 @@ class Team:
 
     def close(self, error: BaseException | None) -> None:
         """Tell all how it ended."""
-        code = error.exit_code if isinstance(error, ToolkitError) else 0 if error is None else CrashError.exit_code
-        self._meeting.tell({"end": code, "message": str(error or "")})
+        told = error
+        if error is not None and not isinstance(error, ToolkitError):
+            told = StoppedError("stopped") if isinstance(error, KeyboardInterrupt) else CrashError(repr(error))
+        if told is not None:
+            # Who comes later would wait for somebody who is no more.
+            with contextlib.suppress(HangError):
+                self._meeting.wait_for_all(_LATE_S)
+        code = told.exit_code if isinstance(told, ToolkitError) else 0
+        self._meeting.tell({"end": code, "message": str(told or "")})
         time.sleep(_POLL_S)
         self._meeting.close()
 
@@ -238,95 +243,15 @@ def follow(place: Place, start_ranks: StartRanks, typed: Sequence[str]) -> None:
         link.close()
 
 
-def facts_of(run: RunDir) -> dict[str, Any]:
-    """What every node must have alike."""
-    is_recipe = run.config.is_file()
-    plan = read_json(run.plan)
-    facts: dict[str, Any] = {
-        "world_size": plan["world_size"],
-        "device": plan["device"],
-        "processes_per_node": plan["processes_per_node"],
-        "packages": _packages(),
-        "plan": hashlib.sha256(run.plan.read_bytes()).hexdigest(),
-        "config": hashlib.sha256(run.config.read_bytes()).hexdigest() if is_recipe else None,
-    }
-    if is_recipe:
-        facts["code"] = code_fingerprint(load_recipe(load_run_config(run).recipe).source_files())
-        facts["data"] = read_json(run.data_facts)["fingerprint"]
-    else:
-        script = Path(plan["command"][0])
-        facts["code"] = code_fingerprint([script] if script.is_file() else [])
-        facts["data"] = None
-    return facts
-
-
 def _checked(order: dict[str, Any], place: Place) -> Message:
     """This node's answer to an order."""
     try:
-        _check(order, place, detect_hardware())
+        check(order, _me(place), detect_hardware())
     except ToolkitError as error:
         return {"refused": error.exit_code, "message": str(error)}
     except Exception as error:
         return {"refused": CrashError.exit_code, "message": f"{_me(place)}: {type(error).__name__}: {error}"}
     return {"ready": True}
-
-
-def _check(order: dict[str, Any], place: Place, hardware: Hardware) -> None:
-    """ConfigError for what this node has otherwise than node 0; files may take a while to become visible."""
-    run = RunDir(order["run"])
-    deadline = time.monotonic() + MEETING_S * 0.8
-    while not _is_visible(run, order):
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"{_me(place)} cannot see {run.path} as node 0 has written it: output_dir must lie on a file system "
-                "that all nodes share."
-            )
-        time.sleep(_POLL_S)
-    have = facts_of(run)
-    for name, what, cure in (
-        ("world_size", "another world size", "start every node with the same --nodes and --gpus-per-node"),
-        ("code", "other code", "install the same version of the toolkit and of the recipe on every node"),
-        ("packages", "other packages", "use one environment on all nodes"),
-        ("data", "other data", "prepare it where all nodes see it (data.cache_dir)"),
-    ):
-        if have[name] != order[name]:
-            raise ConfigError(f"{_me(place)} has {what} than node 0 ({_difference(have[name], order[name])}): {cure}.")
-    if have["data"] is not None:
-        _check_prepared(run, have["data"], place, deadline)
-    device = "cuda" if hardware.gpus else "cpu"
-    if device != order["device"]:
-        raise ConfigError(f"{_me(place)} would train on {device}, but node 0 on {order['device']}: they must be alike.")
-    if hardware.gpus and len(hardware.gpus) < order["processes_per_node"]:
-        raise ConfigError(
-            f"{_me(place)} has {len(hardware.gpus)} GPUs, but the plan has {order['processes_per_node']} a node: lower "
-            "parallel.processes_per_node (--gpus-per-node), or leave the node out."
-        )
-
-
-def _check_prepared(run: RunDir, fingerprint: str, place: Place, deadline: float) -> None:
-    folder = Path(read_json(run.data_facts)["folder"])
-    while not prepared.is_whole(folder):
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"{_me(place)} cannot see the prepared data {folder}: data.cache_dir must lie on a file system that "
-                "all nodes share."
-            )
-        time.sleep(_POLL_S)
-    found = prepared.load_facts(folder)["fingerprint"]
-    if found != fingerprint:
-        raise ConfigError(
-            f"{_me(place)} has other data than node 0 in {folder} (fingerprint {found[:12]}, there "
-            f"{fingerprint[:12]}): data.cache_dir must be the same folder on all nodes."
-        )
-
-
-def _is_visible(run: RunDir, order: dict[str, Any]) -> bool:
-    try:
-        plan = hashlib.sha256(run.plan.read_bytes()).hexdigest()
-        config = None if order["config"] is None else hashlib.sha256(run.config.read_bytes()).hexdigest()
-    except OSError:
-        return False
-    return (plan, config) == (order["plan"], order["config"])
 
 
 def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: StartRanks) -> Message:
@@ -374,19 +299,6 @@ def _weight(error: ToolkitError) -> int:
     if isinstance(error, HangError):
         return 2
     return {CrashError.exit_code: 1, Preempted.exit_code: 0}.get(error.exit_code, 4)
-
-
-def _packages() -> dict[str, str | None]:
-    versions: dict[str, str | None] = environment_facts(Hardware("", "", 1, 0.0), None, None)["versions"]
-    return versions
-
-
-def _difference(mine: Any, theirs: Any) -> str:
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        return ", ".join(
-            f"{name} {mine[name]}, there {theirs.get(name)}" for name in mine if mine[name] != theirs.get(name)
-        )
-    return f"{str(mine)[:12]}, there {str(theirs)[:12]}"
 
 
 def _me(place: Place) -> str:

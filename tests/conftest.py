@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.encoders import make_encoder
 from tests.front_door import dist_train, run_tickets, write_tickets
+
+# Several workers share the cores: threads that wait for work are not to spin meanwhile.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

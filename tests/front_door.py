@@ -95,7 +95,7 @@ def start(arguments: list[str], cwd: Path, under: Sequence[str] = (), **extra: s
     return subprocess.Popen(
         [*under, sys.executable, "-m", "launcher", *arguments],
         cwd=cwd,
-        env=environment(cwd, PYTHONPATH=str(Path(__file__).parent.parent), **extra),
+        env=environment(cwd, **{"PYTHONPATH": str(Path(__file__).parent.parent), **extra}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -9,8 +9,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
 
 # Ranks fork from a server that has imported the heavy packages once.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -26,6 +28,13 @@ _CONTEXT.set_forkserver_preload(
         "tests.fakes",
     ]
 )
+
+SHARDED = ["ddp", "zero1", "zero2", "zero3", "fsdp"]
+
+
+def some(every: Sequence[str], *often: str) -> list[Any]:
+    """All of them; `make test` takes those named."""
+    return [pytest.param(name, marks=() if name in often else pytest.mark.matrix) for name in every]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0) -> list[Any]:

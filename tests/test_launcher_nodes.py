@@ -27,8 +27,10 @@ def _pair(desk: Path, name: str, *others: str, under: tuple[str, ...] = (), **va
     """Exit code and output of node 0 and node 1; others, under and variables are node 1's alone."""
     head = f"localhost:{free_port()}"
     words = ["run", "ticket_routing", f"name={name}", *TICKET_SETTINGS, "--nodes", "2", "--gpus-per-node", "1"]
+    # As many threads a rank as two ranks of one machine have: sums of floats depend on it.
+    variables["OMP_NUM_THREADS"] = "1"
     nodes = [
-        start([*words, "--head", head, "--node-rank", "0"], desk),
+        start([*words, "--head", head, "--node-rank", "0"], desk, OMP_NUM_THREADS="1"),
         start([*words, *others, "--head", head, "--node-rank", "1"], desk, under, **variables),
     ]
     said = [node.communicate(timeout=120)[0] for node in nodes]

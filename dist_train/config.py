@@ -33,6 +33,8 @@ Time = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,4}(:\d{1,2}){0,2}$")]
 Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
 # A line of the script as the site wants it: any characters but a line end or another control character.
 Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=2000)]
+# The same as the first word of a command or as the value of an option.
+NoOption = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-][^\x00-\x1f\x7f]*$", max_length=2000)]
 SbatchLine = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\x00-\x1f\x7f]*)?$", max_length=2000)]
 
 
@@ -260,7 +262,7 @@ class SlurmConfig(Section):
     dependency: Word | None = None
     """Jobs to wait for, as sbatch writes them, for example afterok:1234."""
     gpus: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How GPUs are asked for. none: not at all, on a cluster of CPUs, or where a whole node is given."""
+    """How GPUs are asked for. none: a cluster of CPUs, where ranks are processes."""
     gpu_type: Word | None = None
     """Type of GPU to ask for, for example a100."""
     gpu_memory: str | None = Field(default=None, pattern=r"^\d+(\.\d+)?(GiB|GB|G)$")
@@ -273,9 +275,9 @@ class SlurmConfig(Section):
     """Lines of shell that run on the first node before anything else, for example `source ~/env/bin/activate`."""
     environment: dict[str, Line] = {}
     """Variables for the ranks."""
-    python: str | None = None
+    python: NoOption | None = None
     """Python of the nodes; null takes the one that submits."""
-    container_image: Line | None = None
+    container_image: NoOption | None = None
     """Container to run in: an image file or address."""
     container: Literal["pyxis", "apptainer"] = "pyxis"
     """What runs the container."""
@@ -284,7 +286,7 @@ class SlurmConfig(Section):
     stop_early_s: Annotated[int, Field(ge=10, le=3600)] = 120
     """So long before the time limit the step under way is ended and saved, and the job requeues itself."""
     requeues: Annotated[int, Field(ge=0, le=1000)] = 50
-    """How often a job may start again after a time limit, a preemption or a lost node."""
+    """How often a job may start itself again, after a time limit or a lost node; Slurm's own requeues come on top."""
     restarts: Annotated[int, Field(ge=0, le=100)] = 3
     """How often ranks that crashed or hang are started again within the job without a checkpoint in between."""
 

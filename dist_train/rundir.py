@@ -64,6 +64,7 @@ class RunDir:
         self.wandb_id = self.path / "wandb_id"
         self.code = self.path / "code"
         self.job = self.path / "job.json"
+        self.planned = self.path / "planned.json"
         self.job_script = self.path / "job.sh"
         self.head = self.path / ".head.json"
         self.head_pid = self.path / ".head.pid"

@@ -8,18 +8,25 @@ import sys
 
 from dist_train import config_io
 from dist_train.errors import ConfigError
-from launcher.submit import make_run, wish_of
+from launcher.submit import Wish, make_run
 from slurm import client
 from slurm.allocation import read_allocation
 from slurm.script import step_words
+
+# The step in which some clusters run the shell of salloc.
+_INTERACTIVE = str(0xFFFFFFFA)
 
 
 def in_foreign_allocation() -> bool:
     """Whether there is an allocation that this process is no step of, of other machines or of several."""
     allocation = read_allocation()
-    if allocation is None or "SLURM_STEP_ID" in os.environ or not client.is_here():
+    if allocation is None or not client.is_here():
         return False
-    return allocation.nodes > 1 or socket.gethostname() not in client.host_names(allocation.node_names)
+    if os.environ.get("SLURM_STEP_ID", _INTERACTIVE) != _INTERACTIVE:
+        return False
+    host = socket.gethostname()
+    here = {host, host.split(".")[0], os.environ.get("SLURMD_NODENAME")}
+    return allocation.nodes > 1 or not here & set(client.host_names(allocation.node_names))
 
 
 def run_in_allocation(recipe_name: str, overrides: list[str]) -> None:
@@ -33,7 +40,10 @@ def run_in_allocation(recipe_name: str, overrides: list[str]) -> None:
             f"parallel.nodes is {config.parallel.nodes}, but the allocation {allocation.job_id} has "
             f"{allocation.nodes}: lower --nodes, or allocate more."
         )
-    wish = wish_of(config)
+    per_node = config.parallel.processes_per_node
+    if per_node is None:
+        raise ConfigError("parallel.processes_per_node is null: say how many ranks each node has, --gpus-per-node K.")
+    wish = Wish(config.parallel.nodes, per_node, config.slurm)
     directory = make_run(recipe_name, settings, wish)
     python = wish.slurm.python or sys.executable
     words = [*step_words(wish.nodes, wish.slurm), python, "-P", "-u", "-m", "launcher", "node", str(directory.path)]

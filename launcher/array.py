@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train import config_io
-from dist_train.errors import BusyError
+from dist_train.errors import BusyError, ConfigError
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from launcher.ablate import Study
+from launcher.snapshot import snapshot
 from launcher.study import Member, study_folder
 from launcher.submit import Wish, dependency_on, make_run, script_of, wish_of
 from slurm import client
@@ -26,14 +27,14 @@ def submit_seeds(recipe: str, settings: list[str], seeds: int, is_dry: bool, aft
         Member(index, f"seed {seed}", recipe, (*settings, f"seed={seed}"), RunDir(folder / f"seed-{seed}"))
         for index, seed in enumerate(range(config.seed, config.seed + seeds))
     ]
-    return _submit(folder, members, wish_of(config), is_dry, after)
+    return _submit(folder, members, wish_of(config, is_dry), is_dry, after)
 
 
 def submit_ladder(recipe: str, settings: list[str], seeds: int, is_dry: bool, after: str | None) -> Path | None:
     """The runs of `dist-train ablate`; that command then makes the table of them. Returns their folder."""
     config = config_io.load(recipe, settings).config
     study = Study(recipe, settings, seeds)
-    return _submit(study.folder, study.members, wish_of(config), is_dry, after)
+    return _submit(study.folder, study.members, wish_of(config, is_dry), is_dry, after)
 
 
 def member_of(folder: Path, index: int) -> RunDir:
@@ -51,18 +52,29 @@ def _submit(folder: Path, members: Sequence[Member], wish: Wish, is_dry: bool, a
         return None
     if array.job.is_file() and not client.has_ended(read_json(array.job)["jobs"][-1]):
         raise BusyError(f"the array of {folder} waits or runs: nothing was touched.")
-    missing = [member for member in members if not member.run.report_json.is_file()]
+    for member in members:
+        if member.run.config.is_file() and not member.has_its_settings():
+            raise ConfigError(
+                f"{member.run.path} is a run of other settings: give the array another name=..., or delete that run."
+            )
+    missing = [member for member in members if not member.run.config.is_file() or not member.is_done]
+    if not missing:
+        print(f"array          all {len(members)} runs of {folder} are done")
+        return folder
     for member in missing:
         if not member.run.config.is_file():
             make_run(member.recipe, list(member.words), wish)
+        elif not member.run.code.is_dir():
+            snapshot(member.run.code, None)  # it was begun on this machine
     array.logs.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MEMBERS, {"runs": [member.run.name for member in missing]})
-    indices = f"0-{len(missing) - 1}"
+    write_json(folder / MEMBERS, {"runs": [member.run.name for member in members]})
+    indices = ",".join(str(member.index) for member in missing)
     write_atomic(array.job_script, script_of(array, wish, dependency, array=indices, code=missing[0].run.code))
     job = client.submit(array.job_script)
     write_json(array.job, {"jobs": [job], "submitted": round(time.time(), 3)})
-    for index, member in enumerate(missing):
-        write_json(member.run.job, {"jobs": [f"{job}_{index}"], "log": str(array.logs / f"slurm-{job}_{index}.log")})
+    for member in missing:
+        log = array.logs / f"slurm-{job}_{member.index}.log"
+        write_json(member.run.job, {"jobs": [f"{job}_{member.index}"], "log": str(log)})
     print(f"array          {job}: {len(missing)} runs, {len(members) - len(missing)} were done before")
     print(f"follow them    dist-train runs --output-dir {folder}, dist-train status {missing[0].run.path}")
     return folder

@@ -65,10 +65,20 @@ def run(
     "--accept", multiple=True, type=click.Choice(["code", "data", "config"]), help="Go on although this changed."
 )
 @click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
+@click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--node-rank", type=click.IntRange(0), help="Which of several machines this is, from 0.")
+@click.option("--head", metavar="HOST:PORT", help="Where the machines meet: a host of node 0, and a free port there.")
 @click.option("--here", "is_here", is_flag=True, help="On this machine, although it was submitted to Slurm.")
 @click.option("--debug", is_flag=True, help="One rank in this process: breakpoints work.")
 def resume(
-    run_dir: str, settings: tuple[str, ...], accept: tuple[str, ...], is_here: bool, debug: bool, **flags: Any
+    run_dir: str,
+    settings: tuple[str, ...],
+    accept: tuple[str, ...],
+    is_here: bool,
+    debug: bool,
+    node_rank: int | None,
+    head: str | None,
+    **flags: Any,
 ) -> None:
     """Go on from the newest whole checkpoint of RUN_DIR, on any number of ranks. What was submitted is submitted again.
 
@@ -76,13 +86,20 @@ def resume(
     and train.stop_after_steps can.
     """
     from launcher import start
+    from launcher.nodes import place_by_hand
     from launcher.submit import resubmit, was_submitted
     from launcher.summary import print_summary
 
-    if was_submitted(run_dir) and not is_here:
-        resubmit(run_dir, all_settings(settings, flags))
-        return
-    print_summary(start.resume(run_dir, all_settings(settings, flags, debug), list(accept), debug))
+    words = all_settings(settings, flags, debug)
+    place = place_by_hand(flags["nodes"], node_rank, head)
+    if was_submitted(run_dir) and not is_here and place is None:
+        if debug:
+            raise click.UsageError("--debug is for this machine: add --here, since the run was submitted to Slurm.")
+        resubmit(run_dir, words, list(accept))
+    elif place is not None and place.node_rank > 0:
+        start.join(place, [run_dir, *words])
+    else:
+        print_summary(start.resume(run_dir, words, list(accept), debug, place))
 
 
 @cli.command(

@@ -34,16 +34,20 @@ def submit(target: str, words: tuple[str, ...], module: bool, after: str | None,
     from launcher import array as arrays
     from launcher import submit as jobs
 
+    array = {name: flags.pop(name) for name in ("seeds", "ladder", "checkpoint")}
+    if (module or target.endswith(".py")) and any(array.values()):
+        raise click.UsageError("--seeds, --ladder and --checkpoint are for recipes and their runs, not for a script.")
+    if array["checkpoint"] is not None and (array["seeds"] or array["ladder"]):
+        raise click.UsageError("--checkpoint evaluates one run: it goes with neither --seeds nor --ladder.")
     if module or target.endswith(".py"):
         jobs.submit_script((["-m"] if module else []) + [target], list(words), is_dry, after, flags)
         return
-    array = {name: flags.pop(name) for name in ("seeds", "ladder", "checkpoint")}
     for name, key in (("precision", "train.precision"), ("name", "name")):
         if flags.pop(name) is not None:
             raise click.UsageError(f"--{name} is for a script: give a recipe {key}=...")
     settings = all_settings(words, flags)
     if array["checkpoint"] is not None:
-        jobs.submit_evaluation(target, array["checkpoint"], is_dry, after)
+        jobs.submit_evaluation(target, settings, array["checkpoint"], is_dry, after)
     elif array["ladder"]:
         arrays.submit_ladder(target, settings, array["seeds"] or 3, is_dry, after)
     elif array["seeds"] is not None:

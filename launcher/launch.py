@@ -17,7 +17,7 @@ from dist_train import config_io, deepspeed_base
 from dist_train.config import ParallelConfig
 from dist_train.contradictions import SCRIPT_FLAGS, Settings, read_json_table, refuse
 from dist_train.deepspeed_config import script_deepspeed_config
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, ToolkitError
 from dist_train.events import current_attempt, log_event
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.rundir import ATTEMPT, CODE, RunDir, json_text, read_json
@@ -33,7 +33,7 @@ from launcher.accelerate_config import (
 from launcher.nodes import Place, Team, lead, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports
 from launcher.process import Supervisor
-from launcher.start import LET_GO_S, command_lines, git_state
+from launcher.start import LET_GO_S, command_lines, git_state, tell_end
 from launcher.watch import LogTail
 
 _MODULE = "dist_train.user_script"
@@ -135,8 +135,14 @@ def make_launch(
 def launch_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
     """Start a script that was submitted."""
     plan, command = _read_plan(directory)
+    hardware = detect_hardware()
     with leading(place, [str(directory.path)], announce) as team, directory.locked(LET_GO_S):
-        _run(directory, plan, detect_hardware(), command, team)
+        if plan.device != ("cuda" if hardware.gpus else "cpu"):
+            raise ConfigError(
+                f"the script was planned for {plan.device} when it was submitted, but {os.uname().nodename} has "
+                f"{len(hardware.gpus)} GPUs: look at slurm.gpus, and at the node's driver."
+            )
+        _run(directory, plan, hardware, command, team)
 
 
 def ranks_of_node(
@@ -218,7 +224,11 @@ def _run(directory: RunDir, plan: ScriptPlan, hardware: Hardware, command: list[
         print("note           the Hugging Face Trainer finds its ranks under ZeRO on a CPU with use_cpu=True alone")
     print(f"logs           {directory.logs}; of rank 0 also here:", flush=True)
     tail = LogTail(directory.rank_log(0))
-    lead(Supervisor(directory, attempt, own_script=True), started, environment, tail, team)
+    try:
+        lead(Supervisor(directory, attempt, own_script=True), started, environment, tail, team)
+    except ToolkitError as error:
+        tell_end(directory, attempt, error)
+        raise
     log_event(directory.events, "finished", attempt=attempt)
     print(f"done           {directory.path}")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from dist_train.errors import ConfigError, HangError
+from dist_train.errors import ConfigError
 
 MEETING_S = 60.0
 """Longest wait for the other nodes, and for what they check before the ranks start."""
@@ -40,6 +40,7 @@ class Link:
         self._inbox: queue.Queue[Message | None] = queue.Queue()
         self._write = threading.Lock()
         self._closed = threading.Event()
+        self.is_lost = False
         threading.Thread(target=self._read, name="node-read", daemon=True).start()
         threading.Thread(target=self._beat, name="node-beat", daemon=True).start()
 
@@ -70,6 +71,7 @@ class Link:
                 message = json.loads(line)
                 if "beat" not in message:
                     self._inbox.put(message)
+        self.is_lost = True
         self._inbox.put(None)
 
     def _beat(self) -> None:
@@ -97,13 +99,13 @@ class Meeting:
         threading.Thread(target=self._accept, name="node-accept", daemon=True).start()
 
     def wait_for_all(self, timeout_s: float | None = None) -> None:
-        """HangError that names the nodes that did not come."""
+        """ConfigError that names the nodes that did not come."""
         with self._changed:
             self._changed.wait_for(lambda: len(self.hellos) == self.nodes - 1, timeout_s or MEETING_S)
             missing = [rank for rank in range(1, self.nodes) if rank not in self.hellos]
             here = ", ".join(f"{rank} ({hello['host']})" for rank, hello in sorted(self.hellos.items())) or "none"
         if missing:
-            raise HangError(
+            raise ConfigError(
                 f"node {', '.join(map(str, missing))} of {self.nodes} did not come to "
                 f"{socket.gethostname()}:{self.port} within {MEETING_S:.0f} s; beside node 0 there are: {here}. Look "
                 "whether the command runs there, and whether that address can be reached from there."
@@ -114,17 +116,6 @@ class Meeting:
         for rank, link in self.links.items():
             if ranks is None or rank in ranks:
                 link.send(message)
-
-    def answers(self, timeout_s: float) -> dict[int, Message | None]:
-        """The next message of each node; None of one that is lost or has not answered in time."""
-        deadline = time.monotonic() + timeout_s
-        found: dict[int, Message | None] = {}
-        for rank, link in sorted(self.links.items()):
-            try:
-                found[rank] = link.receive(max(0.05, deadline - time.monotonic()))
-            except TimeoutError:
-                found[rank] = None
-        return found
 
     def news(self) -> dict[int, Message | None]:
         """What has come since the last look, by node; None for one that is lost."""
@@ -169,7 +160,7 @@ class Meeting:
                 problem = f"has nodes={hello.get('nodes')}, but node 0 has {self.nodes}"
             elif not 0 < rank < self.nodes:
                 problem = f"has node rank {rank}, but the others of {self.nodes} nodes are 1 to {self.nodes - 1}"
-            elif rank in self.hellos:
+            elif rank in self.hellos and not self.links[rank].is_lost:
                 problem = f"has node rank {rank}, which {self.hellos[rank]['host']} has already"
             if problem is not None:
                 link.send({"refused": ConfigError.exit_code, "message": f"{hello['host']} {problem}."})

@@ -32,7 +32,7 @@ from launcher.meeting import MEETING_S, Link, Meeting, Message, call, free_port,
 from launcher.node_facts import check, facts_of
 from launcher.process import Supervisor
 
-# How long the other nodes may take to say how their ranks ended, once those of node 0 have; and once they are told to.
+# How long the other nodes may take to say how their ranks ended, once they are told to end them.
 _LAST_WORDS_S = 30.0
 # The same where those of node 0 have failed: long enough that a cause which lies elsewhere is heard.
 _OWN_WORDS_S = 12.0
@@ -80,6 +80,8 @@ class Team:
         self._typed = list(typed)
         self._meeting = Meeting(place.nodes, place.port)
         self._ended: dict[int, Message] = {}
+        self._crashed_at: float | None = None
+        self._attempt = 0
 
     @property
     def port(self) -> int:
@@ -89,6 +91,7 @@ class Team:
         """Have every node check what it has, and start. The first refusal is raised, and told to all."""
         meeting, place = self._meeting, self.place
         self._ended.clear()
+        self._crashed_at, self._attempt = None, attempt
         meeting.wait_for_all()
         for rank, hello in sorted(meeting.hellos.items()):
             if hello.get("typed") != self._typed:
@@ -105,33 +108,51 @@ class Team:
         port = free_port()
         order = {"run": str(run.path), "attempt": attempt, "arguments": list(arguments), "port": port, **facts}
         meeting.tell({"order": order})
-        for rank, answer in meeting.answers(2 * MEETING_S).items():
-            if answer is None:
-                raise NodeLostError(f"node {rank} ({meeting.host(rank)}) was lost while it checked what it has.")
-            if "refused" in answer:
-                raise error_for_code(answer["refused"])(str(answer["message"]))
+        ready: set[int] = set()
+        deadline = time.monotonic() + MEETING_S
+        while len(ready) < place.nodes - 1:
+            for rank, answer in self._news():
+                if answer is None or time.monotonic() > deadline:
+                    raise NodeLostError(f"node {rank} ({meeting.host(rank)}) was lost while it checked what it has.")
+                if "refused" in answer:
+                    raise error_for_code(answer["refused"])(str(answer["message"]))
+                ready.add(rank)
+            if time.monotonic() > deadline:
+                silent = [f"{rank} ({meeting.host(rank)})" for rank in range(1, place.nodes) if rank not in ready]
+                raise NodeLostError(f"node {', '.join(silent)} did not say within {MEETING_S:.0f} s what it has.")
+            time.sleep(_POLL_S / 4)
         meeting.tell({"go": True})
         return Rendezvous(0, place.host, port, meeting.interface())
 
     def look(self) -> None:
         """Called often while the own ranks run. Raises what happened elsewhere, so that they are ended."""
-        for rank, message in self._meeting.news().items():
+        for rank, message in self._news():
             if message is None:
                 raise self._lost(rank)
             self._ended[rank] = message
-            if message.get("ended") not in (0, Preempted.exit_code, CrashError.exit_code):
+            code = message["ended"]
+            if message.get("killed") or code not in (0, Preempted.exit_code, CrashError.exit_code):
                 raise _error_of(message)
-            if message.get("killed"):
-                raise _error_of(message)
+            if code == CrashError.exit_code and self._crashed_at is None:
+                self._crashed_at = time.monotonic()
+        # Ranks that wait for one that crashed may not notice: NCCL's do after parallel.timeout_s.
+        if self._crashed_at is not None and time.monotonic() - self._crashed_at > _OWN_WORDS_S:
+            raise max((_error_of(message) for message in self._ended.values() if message["ended"]), key=_weight)
+
+    def _news(self) -> list[tuple[int, Message | None]]:
+        """What was said of this attempt since the last look; None of a node that is lost."""
+        found = self._meeting.news().items()
+        return [(rank, said) for rank, said in found if said is None or said.get("attempt") == self._attempt]
 
     def settle(self, own: ToolkitError | None) -> None:
         """When the own ranks have ended: wait for the others, and raise the cause that explains the rest."""
-        self._hear(_LAST_WORDS_S if own is None else _OWN_WORDS_S)
+        # Where all is well they may have more to do, as ranks of one machine may.
+        self._hear(None if own is None else _OWN_WORDS_S)
         silent = self._silent()
         if silent:
             # Their ranks may wait for ours, or be stopped.
             code, words = (CrashError.exit_code, "its ranks have ended") if own is None else (own.exit_code, str(own))
-            self._meeting.tell({"stop": code, "message": words}, silent)
+            self._meeting.tell({"stop": code, "message": words, "attempt": self._attempt}, silent)
             self._hear(_LAST_WORDS_S)
         lost: list[ToolkitError] = [self._lost(rank) for rank in self._silent()]
         errors = [_error_of(message) for message in self._ended.values() if message.get("ended")]
@@ -139,11 +160,11 @@ class Team:
         if errors:
             raise max(errors, key=_weight)
 
-    def _hear(self, timeout_s: float) -> None:
+    def _hear(self, timeout_s: float | None) -> None:
         """Until every node has said how its ranks ended, or is lost."""
-        deadline, lost = time.monotonic() + timeout_s, set[int]()
-        while set(self._silent()) - lost and time.monotonic() < deadline:
-            for rank, message in self._meeting.news().items():
+        deadline, lost = time.monotonic() + (timeout_s or 0.0), set[int]()
+        while set(self._silent()) - lost and (timeout_s is None or time.monotonic() < deadline):
+            for rank, message in self._news():
                 if message is None:
                     lost.add(rank)
                 else:
@@ -160,7 +181,7 @@ class Team:
             told = StoppedError("stopped") if isinstance(error, KeyboardInterrupt) else CrashError(repr(error))
         if told is not None:
             # Who comes later would wait for somebody who is no more.
-            with contextlib.suppress(HangError):
+            with contextlib.suppress(ConfigError):
                 self._meeting.wait_for_all(_LATE_S)
         code = told.exit_code if isinstance(told, ToolkitError) else 0
         self._meeting.tell({"end": code, "message": str(told or "")})
@@ -230,14 +251,17 @@ def follow(place: Place, start_ranks: StartRanks, typed: Sequence[str]) -> None:
             message = _next(link, place)
             if "order" in message:
                 order = message["order"]
-                link.send(_checked(order, place))
+                link.send({**_checked(order, place), "attempt": order["attempt"]})
             elif "go" in message:
-                link.send(_one_attempt(order, place, link, start_ranks))
+                over: Message = {}
+                link.send({**_one_attempt(order, place, link, start_ranks, over), "attempt": order["attempt"]})
+                if over:
+                    raise error_for_code(over["end"])(f"node 0 ended it: {over['message']}")
             elif "refused" in message:
                 raise error_for_code(message["refused"])(str(message["message"]))
             elif message.get("end"):
                 raise error_for_code(message["end"])(f"node 0 ended it: {message['message']}")
-            else:
+            elif "end" in message:
                 return
     finally:
         link.close()
@@ -254,8 +278,8 @@ def _checked(order: dict[str, Any], place: Place) -> Message:
     return {"ready": True}
 
 
-def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: StartRanks) -> Message:
-    """Start the own ranks and wait for them. Returns how it ended."""
+def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: StartRanks, over: Message) -> Message:
+    """Start the own ranks and wait for them. Returns how it ended; over: takes node 0's last word, if it came."""
     run = RunDir(order["run"], place.node_rank)
 
     def look() -> None:
@@ -263,6 +287,7 @@ def _one_attempt(order: dict[str, Any], place: Place, link: Link, start_ranks: S
             message = link.receive(0)
             if message is None:
                 raise NodeLostError("node 0 is gone: its launcher ended, or it cannot be reached any more.")
+            over.update(message if message.get("end") else {})
             code = message.get("stop") or message.get("end") or CrashError.exit_code
             raise error_for_code(code)(f"node 0: {message.get('message')}")
 

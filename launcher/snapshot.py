@@ -57,7 +57,9 @@ def _project_of(source: Path) -> tuple[Path, list[Path], dict[str, Any]]:
     if top is None:
         return folder, _walk(folder), {"commit": None, "changed": None}
     root = Path(top)
-    listed = read_output(["git", "-C", top, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]) or ""
+    listed = read_output(["git", "-C", top, "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+    if listed is None:
+        raise ConfigError(f"git cannot list the files of {root} that are to be copied: try `git ls-files` there.")
     files = [root / name for name in listed.split("\0") if name]
     commit = read_output(["git", "-C", top, "rev-parse", "HEAD"])
     changed = bool(read_output(["git", "-C", top, "status", "--porcelain"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bdb
+import contextlib
 import os
 import shlex
 import sys
@@ -15,7 +16,15 @@ import yaml
 from dist_train import config_io
 from dist_train.contradictions import refuse
 from dist_train.deepspeed_base import shown_path
-from dist_train.errors import ConfigError, CrashError, HangError, NodeLostError, StoppedError
+from dist_train.errors import (
+    ConfigError,
+    CrashError,
+    HangError,
+    NodeLostError,
+    StoppedError,
+    StorageError,
+    ToolkitError,
+)
 from dist_train.events import log_event, read_lines
 from dist_train.hardware import detect_hardware
 from dist_train.heartbeat import Heartbeat
@@ -60,26 +69,47 @@ def train_in_job(directory: RunDir, place: Place | None, announce: Callable[[int
     """Begin or go on with a run that was submitted. Ranks that crash or hang are started again, at most slurm.restarts
     times without a new checkpoint."""
     stop = StopFlag()
+    job = read_json(directory.job) if directory.job.is_file() else {}
+    accept = job.get("accept", [])
+    arguments = tuple(f"--accept={word}" for word in accept)
     # What trained in it before the job came back may still be ending on another node.
     with leading(place, [str(directory.path)], announce) as team, stop.installed(), directory.locked(LET_GO_S):
-        start = known_run(directory, [], [], lambda start: _check_start(start, False, team), measure=measure_profile)
-        left = start.config.slurm.restarts
+        start = known_run(directory, [], accept, lambda start: _check_planned(start, team), measure=measure_profile)
+        left, begun = start.config.slurm.restarts, _last_step(directory)
         while True:
             if stop:
                 raise StoppedError("asked to stop before the ranks were started; the newest checkpoint is kept.")
             before = _last_step(directory)
             try:
-                return _attempt(start, False, team=team)
+                return _attempt(start, False, arguments, team, stop)
             except NodeLostError:
                 raise  # the job starts again, on nodes that live
             except (CrashError, HangError) as error:
                 step = _last_step(directory)
                 left = start.config.slurm.restarts if step > before else left
+                if stop:
+                    raise StoppedError(f"asked to stop, but this came before all was saved: {error}") from error
+                if left == 0 and step == begun and isinstance(error, HangError):
+                    raise CrashError(f"{error}\nNo step was saved in this job: it does not come back.") from error
                 if left == 0:
                     raise
                 left -= 1
                 print(f"\n{error.title}: {error}\nstarting the ranks again, from step {step}", flush=True)
                 log_event(directory.events, "restarting", step=step, message=str(error))
+
+
+def _check_planned(start: Start, team: Team | None) -> None:
+    """Beside what is checked anywhere: this node is what the submitted plan was made for."""
+    if start.directory.planned.is_file():
+        planned, plan = read_json(start.directory.planned), start.plan
+        wanted = (planned["device"] or plan.device, planned["world_size"])
+        if (plan.device, plan.world_size) != wanted:
+            raise ConfigError(
+                f"the run was planned for {wanted[1]} x {wanted[0]} when it was submitted, but on "
+                f"{os.uname().nodename} it would be {plan.world_size} x {plan.device}: look at the node's GPUs and "
+                "driver, at slurm.gpus, and at what slurm.extra asks for."
+            )
+    _check_start(start, False, team)
 
 
 def _last_step(directory: RunDir) -> int:
@@ -93,15 +123,18 @@ def join(place: Place, typed: list[str]) -> None:
     follow(place, ranks_of_node, typed)
 
 
-def resume(path: str, overrides: list[str], accept: list[str], debug: bool = False) -> RunDir:
-    """Go on from the newest checkpoint that verifies, with the same result as if nothing had happened."""
+def resume(
+    path: str, overrides: list[str], accept: list[str], debug: bool = False, place: Place | None = None
+) -> RunDir:
+    """Go on from the newest checkpoint that verifies, with the same result as if nothing had happened. place: this
+    machine's, which is node 0."""
     directory = RunDir.existing(path)
     print(f"resume         these may change: {', '.join(config_io.RESUMABLE)}")
-    with directory.locked():
+    with leading(place, [path, *overrides]) as team, directory.locked():
         start = known_run(
-            directory, overrides, accept, lambda start: _check_start(start, debug), measure=measure_profile
+            directory, overrides, accept, lambda start: _check_start(start, debug, team), measure=measure_profile
         )
-        _attempt(start, debug, tuple(f"--accept={word}" for word in accept))
+        _attempt(start, debug, tuple(f"--accept={word}" for word in accept), team)
     return directory
 
 
@@ -158,8 +191,14 @@ def _accelerate_config(start: Start) -> dict[str, Any]:
     return accelerate_base.on_top(base, ours)
 
 
-def _attempt(start: Start, debug: bool, arguments: tuple[str, ...] = (), team: Team | None = None) -> None:
-    """Start the ranks once and wait for them."""
+def _attempt(
+    start: Start,
+    debug: bool,
+    arguments: tuple[str, ...] = (),
+    team: Team | None = None,
+    stop: StopFlag | None = None,
+) -> None:
+    """Start the ranks once and wait for them. stop: heard before they run, and set if they were told to stop."""
     directory, plan = start.directory, start.plan
     write_atomic(directory.accelerate_config, yaml.safe_dump(_accelerate_config(start)))
     started = "evaluation_started" if any(word.startswith("--evaluate=") for word in arguments) else "run_started"
@@ -183,12 +222,25 @@ def _attempt(start: Start, debug: bool, arguments: tuple[str, ...] = (), team: T
         log_event(directory.events, "finished", attempt=attempt)
         return
     last_step = min(plan.steps, start.config.train.stop_after_steps or plan.steps)
-    watch = Watch(directory, plan, last_step)
+    if stop:
+        raise StoppedError("asked to stop before the ranks were started; the newest checkpoint is kept.")
+    watch, supervisor = Watch(directory, plan, last_step), Supervisor(directory, attempt)
     try:
-        lead(Supervisor(directory, attempt), command, environment, watch, team)
+        lead(supervisor, command, environment, watch, team)
+    except ToolkitError as error:
+        tell_end(directory, attempt, error)
+        raise
     finally:
         watch.close()
+        if stop is not None and supervisor.asked_to_stop:
+            stop.signal_name = "a signal to the launcher"
     log_event(directory.events, "finished", attempt=attempt)
+
+
+def tell_end(directory: RunDir, attempt: int, error: ToolkitError) -> None:
+    """Keep why an attempt ended: ranks that were killed, and those of other nodes, have said nothing here."""
+    with contextlib.suppress(StorageError):
+        log_event(directory.events, "attempt_failed", attempt=attempt, code=error.exit_code, message=str(error))
 
 
 def ranks_of_node(

@@ -16,8 +16,10 @@ from dist_train.rundir import RunDir, read_json
 from launcher.summary import open_console
 from slurm import client
 
-_ENDS = ("failed", "finished")
+_ENDS = ("attempt_failed", "failed", "finished")
 _FOLLOW_S = 0.5
+# The cluster's controller is asked so often.
+_ASK_S = 5.0
 # One line alone may be of a step that was cut short.
 _RATE_LINES = 20
 
@@ -35,12 +37,13 @@ def print_status(path: str) -> None:
         rate = statistics.median(line.get("samples_per_s") or 0.0 for line in trained[-_RATE_LINES:])
         if rate:
             batch = read_json(run.plan)["global_batch_size"]
-            left = (steps - last["step"]) * batch / rate if run.is_locked() or _is_running(run) else 0.0
+            left = (steps - last["step"]) * batch / rate if _goes_on(run) else 0.0
             lines.append(("rate", f"{rate:,.0f} samples/s" + (f", {left / 60:.1f} minutes left" if left else "")))
     starts = [event for event in events if event["event"] == "run_started"]
     lines.append(("starts", f"{len(starts)}"))
     saved = [event for event in events if event["event"] == "checkpoint_committed"]
-    lines.append(("saved", f"step {saved[-1]['step']}, {_ago(saved[-1]['time'])}" if saved else "nothing yet"))
+    if run.config.is_file():
+        lines.append(("saved", f"step {saved[-1]['step']}, {_ago(saved[-1]['time'])}" if saved else "nothing yet"))
     cause = _cause(events)
     if cause:
         lines.append(("last end", cause))
@@ -52,21 +55,37 @@ def print_status(path: str) -> None:
 def print_logs(path: str, rank: int | None, follows: bool) -> None:
     """What the run has said: the job's or launcher's own output, or one rank's log."""
     run = RunDir.any_kind(path)
-    if rank is not None:
-        files = [run.rank_log(rank)]
-    else:
-        files = sorted(run.logs.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime) or [run.rank_log(0)]
-        in_array = read_json(run.job).get("log") if run.job.is_file() else None
-        files = files if in_array is None else [Path(in_array)]
-    if not files[-1].is_file():
-        known = ", ".join(file.stem.removeprefix("rank") for file in sorted(run.logs.glob("rank*.log"))) or "none yet"
-        raise ConfigError(f"there is no {files[-1]}; ranks with a log: {known}.")
-    with open(files[-1], encoding="utf-8", errors="replace") as stream:
+    file = run.rank_log(rank) if rank is not None else _output_of(run)
+    while follows and not file.is_file() and _goes_on(run):
+        time.sleep(_ASK_S)
+    if not file.is_file():
+        known = ", ".join(each.stem.removeprefix("rank") for each in sorted(run.logs.glob("rank*.log"))) or "none yet"
+        raise ConfigError(f"there is no {file} (yet: -f waits for it); ranks with a log: {known}.")
+    with open(file, encoding="utf-8", errors="replace") as stream:
         _copy(stream)
-        while follows and (_is_running(run) or run.is_locked()):
+        asked = time.monotonic()
+        while follows and (time.monotonic() - asked < _ASK_S or _goes_on(run)):
+            if time.monotonic() - asked >= _ASK_S:
+                asked = time.monotonic()
             time.sleep(_FOLLOW_S)
             _copy(stream)
         _copy(stream)
+
+
+def _output_of(run: RunDir) -> Path:
+    """Of the newest job, or of rank 0."""
+    if not run.job.is_file():
+        return run.rank_log(0)
+    job = read_json(run.job)
+    return Path(job["log"]) if "log" in job else run.logs / f"slurm-{job['jobs'][-1]}.log"
+
+
+def _goes_on(run: RunDir) -> bool:
+    """Whether it waits or runs. What Slurm does not answer now it may answer later."""
+    try:
+        return run.is_locked() or _is_running(run)
+    except client.SlurmError:
+        return True
 
 
 def cancel(path: str) -> None:
@@ -89,8 +108,11 @@ def cancel(path: str) -> None:
 
 def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
     job = _job(run)
-    if job is not None and not client.has_ended(job):
-        state = client.job_state(job)
+    try:
+        state = None if job is None or client.has_ended(job) else client.job_state(job)
+    except client.SlurmError as error:
+        return f"not known: {error}"
+    if state is not None:
         words = [f"job {job} is {state.state}"]
         words += [f"({state.reason})"] if state.reason else []
         words += [f"on {state.nodes}"] if state.nodes else []
@@ -113,14 +135,15 @@ def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
 
 
 def _cause(events: list[dict[str, Any]]) -> str | None:
-    """Why the newest start that ended did."""
-    failed = [event for event in events if event["event"] == "failed"]
-    if not failed:
+    """Why the newest start ended badly; None where it has not."""
+    last = max((int(event.get("attempt", 0)) for event in events), default=0)
+    failed = [event for event in events if event["event"] in ("attempt_failed", "failed") and event["attempt"] == last]
+    if not failed or any(event["event"] == "finished" and event["attempt"] == last for event in events):
         return None
-    attempt = failed[-1]["attempt"]
-    first = next(event for event in failed if event["attempt"] == attempt)
-    kind = error_for_code(first["code"])
-    return f"start {attempt}: {kind.title} (exit code {first['code']}): {str(first['message']).splitlines()[0]}"
+    # What the launcher says explains the rest.
+    told = next((event for event in failed if event["event"] == "attempt_failed"), failed[0])
+    kind = error_for_code(told["code"])
+    return f"start {last}: {kind.title} (exit code {told['code']}): {str(told['message']).splitlines()[0]}"
 
 
 def _job(run: RunDir) -> str | None:

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,15 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
     check_imports()
     dependency = None if after is None else dependency_on(after)
     config = config_io.load(recipe_name, overrides).config
-    wish = wish_of(config)
+    wish = wish_of(config, is_dry)
     if is_dry:
         directory = RunDir(config.output_dir / (config.name or "NAME"))
         print(script_of(directory, wish, dependency), end="")
         return None
     directory = make_run(recipe_name, overrides, wish)
     with _removed_on_failure(directory):
-        hand_in(directory, wish, dependency)
+        write_atomic(directory.job_script, script_of(directory, wish, dependency))
+        hand_in(directory)
     return directory
 
 
@@ -73,16 +74,23 @@ def make_run(recipe_name: str, overrides: list[str], wish: Wish) -> RunDir:
         if copied["project"] is not None:
             moved = start.config.model_copy(update={"recipe": copied["project"]})
             write_atomic(directory.config, config_text.dump(moved, start.settings.sources, directory.name))
+        # The nodes hold their own plan against it.
+        write_json(directory.planned, {"device": start.plan.device, "world_size": start.plan.world_size})
         print_plan(directory, start.plan)
     return directory
 
 
-def submit_evaluation(run: str, checkpoint: str, is_dry: bool, after: str | None) -> RunDir | None:
+def submit_evaluation(
+    run: str, overrides: list[str], checkpoint: str, is_dry: bool, after: str | None
+) -> RunDir | None:
     """Evaluate a checkpoint of a run that was submitted, as a job of one node."""
     directory = RunDir.existing(run)
     dependency = None if after is None else dependency_on(after)
     config = config_io.load_run_config(directory)
-    wish = replace(wish_of(config), nodes=1)
+    if checkpoint not in ("best", "last") and not checkpoint.isdigit():
+        raise ConfigError(f"--checkpoint is {checkpoint}, but must be best, last or a step.")
+    config = config_io.resume_overrides(config, overrides) if overrides else config
+    wish = replace(wish_of(config, is_dry), nodes=1)
     words = ("eval", str(directory.path), "--checkpoint", checkpoint)
     script = directory.path / "evaluation.sh"
     text = script_of(directory, wish, dependency, stops_early=False, words=words)
@@ -109,7 +117,8 @@ def submit_script(
     if flags["gpus_per_node"] is None:
         raise ConfigError("say how many ranks each node has: --gpus-per-node K.")
     wish = Wish(flags["nodes"] or 1, flags["gpus_per_node"], slurm)
-    check_room(wish)
+    if client.is_here() or not is_dry:
+        check_room(wish)
     given = {**_NOT_GIVEN, **{name: flags[name] for name in ("gpus_per_node", "precision")}}
     given |= {"nodes": wish.nodes, "strategy": flags["strategy"] or "auto"}
     launch = make_launch(command, flags["name"], None, _cluster_hardware(wish), given)
@@ -125,16 +134,17 @@ def submit_script(
         write_atomic(directory.plan, launch.plan_json(moved, code=copied["project"] if is_module else None))
         print(f"run directory  {directory.path}")
         print(f"plan           {launch.plan.world_size} x {launch.plan.device}, {launch.plan.strategy}")
-        hand_in(directory, wish, dependency, stops_early=False)
+        write_atomic(directory.job_script, script_of(directory, wish, dependency, stops_early=False))
+        hand_in(directory)
     return directory
 
 
-def hand_in(directory: RunDir, wish: Wish, dependency: str | None = None, stops_early: bool = True) -> str:
-    """Write the script into the run directory and submit it. Returns the job's id."""
-    write_atomic(directory.job_script, script_of(directory, wish, dependency, stops_early))
+def hand_in(directory: RunDir, accept: Sequence[str] = ()) -> str:
+    """Submit the script of a run directory. Returns the job's id. accept: what may have changed, as in `resume`."""
     earlier = read_json(directory.job)["jobs"] if directory.job.is_file() else []
     job_id = client.submit(directory.job_script)
-    write_json(directory.job, {"jobs": [*earlier, job_id], "submitted": round(time.time(), 3)})
+    record = {"jobs": [*earlier, job_id], "submitted": round(time.time(), 3), "accept": list(accept)}
+    write_json(directory.job, record)
     print(f"job            {job_id}: {directory.job_script}")
     print(f"follow it      dist-train status {directory.path}, dist-train logs -f {directory.path}", flush=True)
     return job_id
@@ -173,21 +183,27 @@ def was_submitted(path: str) -> bool:
     return RunDir(path).job.is_file()
 
 
-def resubmit(path: str, overrides: list[str]) -> RunDir:
+def resubmit(path: str, overrides: list[str], accept: list[str]) -> RunDir:
     """Submit a run again that was submitted before and is no more. BusyError while its job waits or runs."""
-    directory = RunDir.existing(path)
+    directory = RunDir.any_kind(path)
     job = newest_job(directory)
     if not client.has_ended(job):
         raise BusyError(f"the job {job} of {directory.path} waits or runs: nothing was touched. Stop it with "
                         f"dist-train cancel {directory.path}, or wait.")  # fmt: skip
-    config = config_io.load_run_config(directory)
+    if not directory.config.is_file():
+        if overrides:
+            raise ConfigError(f"{directory.path} is of a script of your own: it has no settings that could change.")
+        hand_in(directory)
+        return directory
+    config = config_io.resume_overrides(config_io.load_run_config(directory), overrides)
+    wish = wish_of(config)
     if overrides:
         sources = config_io.recorded_sources(directory)
         changed = dict.fromkeys((text.partition("=")[0] for text in overrides), "command line, on resume")
-        config = config_io.resume_overrides(config, overrides)
         write_atomic(directory.config, config_text.dump(config, sources | changed, directory.name))
-    wish = wish_of(config)
-    hand_in(directory, wish)
+    write_json(directory.planned, {"device": None, "world_size": wish.nodes * wish.per_node})
+    write_atomic(directory.job_script, script_of(directory, wish))
+    hand_in(directory, accept)
     return directory
 
 
@@ -208,12 +224,19 @@ def check_room(wish: Wish) -> None:
     """ConfigError when the partition can never give what is asked for, with what it has."""
     found = {partition.name: partition for partition in client.partitions()}
     asked = wish.slurm.partition
+    if asked is not None and "," in asked:
+        return  # Slurm takes whichever has room
+    time_asked = 0 if wish.slurm.time is None else client.minutes(wish.slurm.time)
+    if wish.slurm.time is not None and 60 * time_asked <= wish.slurm.stop_early_s:
+        raise ConfigError(
+            f"slurm.stop_early_s is {wish.slurm.stop_early_s}, which is no less than slurm.time, {wish.slurm.time}: "
+            "lower the one or raise the other."
+        )
     name = asked or next((partition.name for partition in found.values() if partition.is_default), None)
     if name is None or name not in found:
         what = f"slurm.partition is {asked}" if asked else "slurm.partition is null and the cluster has no default"
         raise ConfigError(f"{what}: the cluster has {', '.join(sorted(found)) or 'no partition'}.")
     partition = found[name]
-    time_asked = 0 if wish.slurm.time is None else client.minutes(wish.slurm.time)
     problems = []
     if not partition.is_up:
         problems.append(f"the partition {name} is not up")
@@ -229,13 +252,14 @@ def check_room(wish: Wish) -> None:
         raise ConfigError("; ".join(problems) + ". Ask for less, or for another slurm.partition.")
 
 
-def wish_of(config: RunConfig) -> Wish:
-    """What the config asks for, if the cluster has it."""
+def wish_of(config: RunConfig, is_dry: bool = False) -> Wish:
+    """What the config asks for, if the cluster has it; where it is only shown, Slurm need not be here."""
     per_node = config.parallel.processes_per_node
     if per_node is None:
         raise ConfigError("parallel.processes_per_node is null: say how many ranks each node has, --gpus-per-node K.")
     wish = Wish(config.parallel.nodes, per_node, config.slurm)
-    check_room(wish)
+    if client.is_here() or not is_dry:
+        check_room(wish)
     return wish
 
 

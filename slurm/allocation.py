@@ -27,7 +27,7 @@ def read_allocation(environment: Mapping[str, str] = os.environ) -> Allocation |
         return None
     return Allocation(
         job_id=job_id,
-        nodes=_number(environment, "SLURM_JOB_NUM_NODES") or 1,
+        nodes=_number(environment, "SLURM_STEP_NUM_NODES") or _number(environment, "SLURM_JOB_NUM_NODES") or 1,
         node_rank=_number(environment, "SLURM_NODEID") or 0,
         node_names=environment.get("SLURM_JOB_NODELIST", ""),
         cpus_on_node=_number(environment, "SLURM_CPUS_ON_NODE"),

@@ -58,8 +58,19 @@ def submit(script: Path) -> str:
 
 
 def run_step(command: list[str], environment: dict[str, str]) -> int:
-    """Run an srun in the foreground, to its end. Returns its exit code."""
-    return subprocess.run(command, env=environment).returncode
+    """Run an srun to its end. Returns its exit code. Ctrl-C has what it started save and end; a second one kills."""
+    # A session of its own: srun would take Ctrl-C for itself.
+    step = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return step.wait()
+    except KeyboardInterrupt:
+        print("stopping: the step under way is ended and saved; once more to end at once.", flush=True)
+        _call(["scancel", "--signal=TERM", environment["SLURM_JOB_ID"]])
+        try:
+            return step.wait()
+        except KeyboardInterrupt:
+            step.kill()
+            raise
 
 
 def cancel(job_id: str) -> None:
@@ -86,14 +97,16 @@ def partitions() -> list[Partition]:
 
 
 def job_state(job_id: str) -> JobState:
-    """Of a job or of one task of an array."""
+    """Of a job, of one task of an array, or of an array."""
     try:
         text = _call(["scontrol", "show", "job", job_id, "-o"])
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return JobState("UNKNOWN", "Slurm has forgotten it", "", 0, None)
         raise
-    fields = dict(re.findall(r"(\w+)=(\S*)", text.splitlines()[0]))
+    every = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines() if line]
+    # Of an array the first task that has not ended.
+    fields = next((each for each in every if each.get("JobState") not in _ENDED), every[0])
     limit, run = minutes(fields.get("TimeLimit", "")), minutes(fields.get("RunTime", ""))
     running = fields.get("JobState") == "RUNNING" and limit < _UNLIMITED
     reason = fields.get("Reason", "")
@@ -130,7 +143,7 @@ def minutes(text: str) -> int:
 
 def _gpus(gres: str) -> int:
     """gpu:2, gpu:a100:8(S:0-1), (null)"""
-    counts = re.findall(r"gpu(?::[^:,()]+)??:(\d+)", gres)
+    counts = re.findall(r"gpu(?::[^:,()]+)?:(\d+)(?=[(,]|$)", gres)
     return sum(map(int, counts))
 
 

@@ -14,15 +14,22 @@ from dist_train.errors import ConfigError
 # What sbatch reads as it is in a #SBATCH line.
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:@%+=/*&|()\[\]-]*")
 
-_BEFORE = """\
+# All launchers of a job end within a minute of each other.
+_STUCK_S = 180
+# In front of the step, where what runs can stop early.
+_STOPS_EARLY = """\
 # Before the time limit Slurm tells this script alone, and this script one launcher, which runs on this node: to signal
-# the step would reach every process in it. TERM means that the job is cancelled or preempted: all have got it, and what
-# comes then is not for this script to decide.
+# the step would reach every process in it.
 pid_file={pid_file}"${{SLURM_ARRAY_TASK_ID:-}}"
 rm -f "$pid_file"
-stop_early() {{ kill -USR1 "$(cat "$pid_file")"; }}
+tell_launcher() {{
+    until kill -USR1 "$(cat "$pid_file" 2>/dev/null)" 2>/dev/null; do sleep 1; done
+}}
+trap 'tell_launcher &' USR1
+"""
+_BEFORE = """\
+# TERM means that the job is cancelled or preempted: all have got it; what comes then is not for this script to decide.
 ended=
-trap stop_early USR1
 trap 'ended=1' TERM
 """
 _AFTER = """\
@@ -33,20 +40,26 @@ while kill -0 "$child" 2>/dev/null; do
 done
 wait "$child"
 code=$?
-[ -z "$ended" ] || exit "$code"
 # 75: all is saved and there is more to do. 14: a node or rank was missing. Above 128: a launcher was killed.
 if [ "$code" -eq 75 ] || [ "$code" -eq 14 ] || [ "$code" -gt 128 ]; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {requeues} ]; then
         echo "not requeued: it was {requeues} times (slurm.requeues)"
         exit "$code"
     fi
-    now=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* Restarts=\\([0-9]*\\) .*/\\1/p')
-    if [ "$now" != "${{SLURM_RESTART_COUNT:-0}}" ]; then
-        echo "the job has started again without this node"
-        exit "$code"
-    fi
+    # In an array this task alone.
+    job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+    job=${{job:-$SLURM_JOB_ID}}
     echo "exit code $code: the job requeues itself"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 300
+    for _ in 1 2 3 4 5 6; do
+        [ -z "$ended" ] || break
+        now=$(scontrol show job "$job" -o | sed -n 's/.* Restarts=\\([0-9]*\\) .*/\\1/p')
+        if [ -n "$now" ] && [ "$now" != "${{SLURM_RESTART_COUNT:-0}}" ]; then
+            echo "it has started again without this node"
+            break
+        fi
+        scontrol requeue "$job" && sleep 300
+        sleep 5
+    done
 fi
 exit "$code"
 """
@@ -89,7 +102,8 @@ def render(job: Job, slurm: SlurmConfig) -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
-    before = "\n".join(lines) + "\n\n" + _BEFORE.format(pid_file=shlex.quote(str(job.pid_file)))
+    early = _STOPS_EARLY.format(pid_file=shlex.quote(str(job.pid_file))) if job.stops_early else ""
+    before = "\n".join(lines) + f"\n\n{early}{_BEFORE}"
     return f"#!/bin/bash\n{options}\n{before}{_step(job, slurm)} &\n{_AFTER.format(requeues=slurm.requeues)}"
 
 
@@ -158,8 +172,8 @@ def _step(job: Job, slurm: SlurmConfig) -> str:
 def step_words(nodes: int, slurm: SlurmConfig) -> list[str]:
     """The srun that starts one task on each node."""
     words = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-    # A launcher that ended must not take the others with it: they save, and say why.
-    words += ["--kill-on-bad-exit=0", "--wait=0"]
+    # A launcher that ended must not take the others with it: they save, and say why; one that is stuck is not awaited.
+    words += ["--kill-on-bad-exit=0", f"--wait={_STUCK_S}"]
     if slurm.cpus_per_node is not None:
         words.append(f"--cpus-per-task={slurm.cpus_per_node}")  # srun does not take it from sbatch any more
     return words

@@ -47,7 +47,9 @@ def _missing() -> str | None:
     absent = [name for name in programs if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)} not installed: apt-get install slurmctld slurmd slurm-client munge"
-    return None if os.geteuid() == 0 else "a local cluster needs root"
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-mu", "true"], capture_output=True).returncode != 0:
+        return "a local cluster needs root, and namespaces of its own"
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         timeout=60,
     )
     if done.returncode != 0:
-        pytest.skip(f"a local cluster cannot be started here: {done.stderr.strip()[-300:]}")
+        subprocess.run([SCRIPTS / "down.sh", folder], check=True, timeout=60)
+        pytest.fail(f"the local cluster did not start: {done.stderr.strip()[-300:]}")
     desk = tmp_path_factory.mktemp("desk")
     write_tickets(desk / "tickets.csv")
     with pytest.MonkeyPatch.context() as patch:
@@ -263,17 +266,29 @@ def test_more_than_the_cluster_has_is_refused_before_sbatch(cluster: Path, words
     assert _slurm("squeue", "-h", "-t", "all") == before
 
 
-def test_an_array_trains_three_seeds(cluster: Path) -> None:
-    words = [*TICKET_SETTINGS, "train.steps=20", "eval.every_steps=20", *ON_CPUS, "name=seeds"]
+def test_an_array_trains_three_seeds_and_each_comes_back_by_itself(cluster: Path) -> None:
+    words = [*LONG, *ON_CPUS, "slurm.cpus_per_node=1", "name=seeds"]
     done = dist_train(["submit", "ticket_routing", *words, "--seeds", "3", "--gpus-per-node", "1"], cluster)
     assert done.returncode == 0, done.stderr
     folder = cluster / "runs" / "seeds"
+    array = json.loads((folder / "job.json").read_text())["jobs"][-1]
+    for index in (0, 2):  # the last task of an array has the array's own job id
+        wait_for_step(folder / f"seed-{index}", 60)
+        _slurm("scancel", "--batch", "--signal=USR1", f"{array}_{index}")
+    busy = dist_train(["submit", "ticket_routing", *words, "--seeds", "3", "--gpus-per-node", "1"], cluster)
+    assert busy.returncode == 12, busy.stdout
     for index in range(3):
         run = folder / f"seed-{index}"
         job = json.loads((run / "job.json").read_text())["jobs"][-1]
         _wait_for(job, "COMPLETED", "FAILED")
         assert (run / "report.html").is_file(), (folder / "logs" / f"slurm-{job}.log").read_text()
+        assert _field(job, "Restarts") == ("0" if index == 1 else "1")
+        assert len(losses(run)) == STEPS
     assert losses(folder / "seed-0") != losses(folder / "seed-1")
+    again = dist_train(["submit", "ticket_routing", *words, "--seeds", "3", "--gpus-per-node", "1"], cluster)
+    assert "all 3 runs" in again.stdout, again.stderr
+    other = [*words, "optim.lr=1", "--seeds", "3", "--gpus-per-node", "1"]
+    assert "other settings" in dist_train(["submit", "ticket_routing", *other], cluster).stderr
     assert "seed-2: test split" in dist_train(["logs", str(folder / "seed-2")], cluster).stdout
 
 

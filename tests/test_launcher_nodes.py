@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.errors import ConfigError, HangError
+from dist_train.errors import ConfigError
 from launcher import meeting
 from launcher.meeting import Link, Meeting, call, free_port
 from launcher.nodes import place_by_hand
@@ -100,7 +100,7 @@ def test_a_node_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(meeting, "MEETING_S", 1.0)
     head = Meeting(3, 0)
     link = call("localhost", head.port, {"node_rank": 2, "nodes": 3, "host": "n2"})
-    with pytest.raises(HangError, match=r"node 1 of 3 did not come .* there are: 2 \(n2\)"):
+    with pytest.raises(ConfigError, match=r"node 1 of 3 did not come .* there are: 2 \(n2\)"):
         head.wait_for_all()
     head.close()
     assert link.receive(5) is None

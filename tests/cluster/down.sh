@@ -5,12 +5,17 @@ folder=${1:-/tmp/dist-train-cluster}
 [ -d "$folder/run" ] || exit 0
 export SLURM_CONF=$folder/etc/slurm.conf
 
+# The daemons, and what a slurmd that was killed has left of its jobs: all that has this configuration, but for shells.
 pids=()
-for file in "$folder"/run/*.pid; do
-    [ -f "$file" ] && pids+=("$(cat "$file")")
+[ -f "$folder/run/munged.pid" ] && pids+=("$(cat "$folder/run/munged.pid")")
+for process in /proc/[0-9]*; do
+    name=$(cat "$process/comm" 2>/dev/null) || continue
+    case $name in
+        slurmctld | slurmd | slurmstepd) ;;
+        *) grep -qz "^SLURM_JOB_ID=" "$process/environ" 2>/dev/null || continue ;;
+    esac
+    grep -qzx "SLURM_CONF=$SLURM_CONF" "$process/environ" 2>/dev/null && pids+=("${process#/proc/}")
 done
-# What a slurmd that was killed has left of its jobs: each step has a daemon of its own.
-pids+=($(pgrep -f "slurmstepd.*" || true))
 for signal in TERM KILL; do
     for pid in "${pids[@]}"; do
         kill -"$signal" "$pid" 2>/dev/null || true

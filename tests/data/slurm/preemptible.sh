@@ -16,15 +16,17 @@ export PYTHONSAFEPATH=1
 export PYTHONPATH=/runs/first/code${PYTHONPATH:+:$PYTHONPATH}
 
 # Before the time limit Slurm tells this script alone, and this script one launcher, which runs on this node: to signal
-# the step would reach every process in it. TERM means that the job is cancelled or preempted: all have got it, and what
-# comes then is not for this script to decide.
+# the step would reach every process in it.
 pid_file=/runs/first/.head.pid"${SLURM_ARRAY_TASK_ID:-}"
 rm -f "$pid_file"
-stop_early() { kill -USR1 "$(cat "$pid_file")"; }
+tell_launcher() {
+    until kill -USR1 "$(cat "$pid_file" 2>/dev/null)" 2>/dev/null; do sleep 1; done
+}
+trap 'tell_launcher &' USR1
+# TERM means that the job is cancelled or preempted: all have got it, and what comes then is not for this script to decide.
 ended=
-trap stop_early USR1
 trap 'ended=1' TERM
-srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 apptainer exec --nv --bind /runs/first:/runs/first,/shared:/shared '/shared/images/torch 2.13.sif' python -m launcher node /runs/a "$SLURM_ARRAY_TASK_ID" &
+srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=180 apptainer exec --nv --bind /runs/first:/runs/first,/shared:/shared '/shared/images/torch 2.13.sif' python -m launcher node /runs/a "$SLURM_ARRAY_TASK_ID" &
 child=$!
 # A signal ends the waiting, not the child.
 while kill -0 "$child" 2>/dev/null; do
@@ -32,19 +34,25 @@ while kill -0 "$child" 2>/dev/null; do
 done
 wait "$child"
 code=$?
-[ -z "$ended" ] || exit "$code"
 # 75: all is saved and there is more to do. 14: a node or rank was missing. Above 128: a launcher was killed.
 if [ "$code" -eq 75 ] || [ "$code" -eq 14 ] || [ "$code" -gt 128 ]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge 200 ]; then
         echo "not requeued: it was 200 times (slurm.requeues)"
         exit "$code"
     fi
-    now=$(scontrol show job "$SLURM_JOB_ID" -o | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p')
-    if [ "$now" != "${SLURM_RESTART_COUNT:-0}" ]; then
-        echo "the job has started again without this node"
-        exit "$code"
-    fi
+    # In an array this task alone.
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
     echo "exit code $code: the job requeues itself"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 300
+    for _ in 1 2 3 4 5 6; do
+        [ -z "$ended" ] || break
+        now=$(scontrol show job "$job" -o | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p')
+        if [ -n "$now" ] && [ "$now" != "${SLURM_RESTART_COUNT:-0}" ]; then
+            echo "it has started again without this node"
+            break
+        fi
+        scontrol requeue "$job" && sleep 300
+        sleep 5
+    done
 fi
 exit "$code"

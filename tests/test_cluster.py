@@ -208,7 +208,7 @@ def test_what_is_killed_or_stopped_costs_at_most_one_checkpoint(cluster: Path, w
     assert losses(run) == losses(whole)
     resumed = [record["step"] for record in lines(run / "events.jsonl") if record["event"] == "resumed"]
     assert len(resumed) == 1
-    assert resumed[0] >= 50
+    assert resumed[0] >= 40  # of the save at step 60 or before, which may be under way
     if victim == "stopped":
         said = next(run.glob("logs/slurm-*.log")).read_text()
         assert "rank 1 (silent since step" in said

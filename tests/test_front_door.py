@@ -134,6 +134,10 @@ def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str)
     run = desk / "runs" / f"killed-{victim}-{ranks}"
     process = start(run_tickets(run.name, ranks), desk)
     wait_for_step(run, 23)
+    deadline = time.monotonic() + 30
+    while not (run / "checkpoints" / "step-00000020").is_dir():  # saved in the background
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     pids = rank_pids(run)
     os.kill(pids[ranks - 1] if victim == "rank" else process.pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)

@@ -37,10 +37,9 @@ def submit_ladder(recipe: str, settings: list[str], seeds: int, is_dry: bool, af
     return _submit(study.folder, study.members, wish_of(config, is_dry), is_dry, after)
 
 
-def member_of(folder: Path, index: int) -> RunDir:
-    """The run at an index of an array."""
-    names: list[str] = read_json(folder / MEMBERS)["runs"]
-    return RunDir(folder / names[index])
+def members_of(folder: Path) -> list[RunDir]:
+    """The runs of an array by their indices."""
+    return [RunDir(folder / name) for name in read_json(folder / MEMBERS)["runs"]]
 
 
 def _submit(folder: Path, members: Sequence[Member], wish: Wish, is_dry: bool, after: str | None) -> Path | None:

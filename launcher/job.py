@@ -11,7 +11,7 @@ import time
 from dist_train.errors import ConfigError, StorageError
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from launcher import launch, start
-from launcher.array import member_of
+from launcher.array import members_of
 from launcher.meeting import MEETING_S
 from launcher.nodes import Place, follow
 from slurm.allocation import Allocation, read_allocation
@@ -27,7 +27,7 @@ def run_node(path: str, index: int | None) -> RunDir | None:
     pid_file = RunDir(path).head_pid
     directory = RunDir(path)
     if index is not None:
-        directory = member_of(directory.path, index)
+        directory = members_of(directory.path)[index]
         pid_file = pid_file.with_name(f"{pid_file.name}{index}")
     if not directory.plan.is_file() and not directory.config.is_file():
         raise ConfigError(f"{directory.path} is no run that was submitted.")

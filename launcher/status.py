@@ -13,6 +13,7 @@ from typing import IO, Any
 from dist_train.errors import ConfigError, Preempted, error_for_code
 from dist_train.events import read_lines
 from dist_train.rundir import RunDir, read_json
+from launcher.array import MEMBERS, members_of
 from launcher.summary import open_console
 from slurm import client
 
@@ -25,7 +26,12 @@ _RATE_LINES = 20
 
 
 def print_status(path: str) -> None:
-    """State, progress, rate, time left, restarts, newest checkpoint, and the cause of the end in words."""
+    """State, progress, rate, time left, restarts, newest checkpoint, and the cause of the end in words. Of an array's
+    folder the state of each run."""
+    if (Path(path) / MEMBERS).is_file():
+        for member in members_of(Path(path)):
+            print(f"{member.name}  {_state(member, list(read_lines(member.events)))}")
+        return
     run = RunDir.any_kind(path)
     events = list(read_lines(run.events))
     lines = [("run", str(run.path)), ("state", _state(run, events))]
@@ -90,7 +96,7 @@ def _goes_on(run: RunDir) -> bool:
 
 def cancel(path: str) -> None:
     """End a run for good; what is saved stays, and `dist-train resume` goes on with it."""
-    run = RunDir.any_kind(path)
+    run = RunDir(path) if (Path(path) / MEMBERS).is_file() else RunDir.any_kind(path)
     job = _job(run)
     if job is not None and not client.has_ended(job):
         client.cancel(job)

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.meeting import free_port
 from tests.front_door import (
     TICKET_SETTINGS,
     dist_train,
@@ -47,8 +48,9 @@ def _missing() -> str | None:
     absent = [name for name in programs if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)} not installed: apt-get install slurmctld slurmd slurm-client munge"
-    if os.geteuid() != 0 or subprocess.run(["unshare", "-mu", "true"], capture_output=True).returncode != 0:
-        return "a local cluster needs root, and namespaces of its own"
+    rights = "mount --bind /etc/hosts /etc/hosts && hostname n1 && mknod $(mktemp -u) c 1 3"
+    if os.geteuid() != 0 or subprocess.run(["unshare", "-mu", "sh", "-c", rights], capture_output=True).returncode:
+        return "a local cluster needs root, namespaces of its own and device files"
     return None
 
 
@@ -61,7 +63,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
     done = subprocess.run(
         [SCRIPTS / "up.sh", folder],
-        env={**os.environ, "CLUSTER_PORT": "27817"},
+        env={**os.environ, "CLUSTER_PORT": str(free_port())},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -193,15 +195,17 @@ def test_a_preempted_job_goes_on_where_it_was(cluster: Path, whole: Path) -> Non
     assert losses(run) == losses(whole)
 
 
-@pytest.mark.parametrize("victim", ["rank", "launcher", "stopped"])
+@pytest.mark.parametrize("victim", ["rank", "launcher", "first launcher", "stopped"])
 def test_what_is_killed_or_stopped_costs_at_most_one_checkpoint(cluster: Path, whole: Path, victim: str) -> None:
-    run, job = _submit(cluster, f"killed-{victim}", "parallel.timeout_s=15")
+    run, job = _submit(cluster, f"killed-{victim.replace(' ', '-')}", "parallel.timeout_s=15")
     wait_for_step(run, 60)
     rank = _ranks(run)[1]
     if victim == "rank":
         os.kill(rank, signal.SIGKILL)
     elif victim == "stopped":
         os.kill(rank, signal.SIGSTOP)
+    elif victim == "first launcher":
+        os.kill(_head(run), signal.SIGKILL)
     else:
         next(each for each in _processes(run) if "launcher" in each.cmdline()[:6] and each.pid != _head(run)).kill()
     _ended_well(run, job)
@@ -289,6 +293,8 @@ def test_an_array_trains_three_seeds_and_each_comes_back_by_itself(cluster: Path
     assert "all 3 runs" in again.stdout, again.stderr
     other = [*words, "optim.lr=1", "--seeds", "3", "--gpus-per-node", "1"]
     assert "other settings" in dist_train(["submit", "ticket_routing", *other], cluster).stderr
+    listed = dist_train(["status", str(folder)], cluster).stdout
+    assert [line.split()[:2] for line in listed.splitlines()] == [[f"seed-{index}", "done"] for index in range(3)]
     assert "seed-2: test split" in dist_train(["logs", str(folder / "seed-2")], cluster).stdout
 
 

@@ -49,9 +49,9 @@ if [ "$code" -eq 75 ] || [ "$code" -eq 14 ] || [ "$code" -gt 128 ]; then
     # In an array this task alone.
     job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
     job=${{job:-$SLURM_JOB_ID}}
-    echo "exit code $code: the job requeues itself"
     for _ in 1 2 3 4 5 6; do
         [ -z "$ended" ] || break
+        echo "exit code $code: the job requeues itself"
         now=$(scontrol show job "$job" -o | sed -n 's/.* Restarts=\\([0-9]*\\) .*/\\1/p')
         if [ -n "$now" ] && [ "$now" != "${{SLURM_RESTART_COUNT:-0}}" ]; then
             echo "it has started again without this node"

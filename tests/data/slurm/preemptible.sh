@@ -23,7 +23,7 @@ tell_launcher() {
     until kill -USR1 "$(cat "$pid_file" 2>/dev/null)" 2>/dev/null; do sleep 1; done
 }
 trap 'tell_launcher &' USR1
-# TERM means that the job is cancelled or preempted: all have got it, and what comes then is not for this script to decide.
+# TERM means that the job is cancelled or preempted: all have got it; what comes then is not for this script to decide.
 ended=
 trap 'ended=1' TERM
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=180 apptainer exec --nv --bind /runs/first:/runs/first,/shared:/shared '/shared/images/torch 2.13.sif' python -m launcher node /runs/a "$SLURM_ARRAY_TASK_ID" &
@@ -43,9 +43,9 @@ if [ "$code" -eq 75 ] || [ "$code" -eq 14 ] || [ "$code" -gt 128 ]; then
     # In an array this task alone.
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     job=${job:-$SLURM_JOB_ID}
-    echo "exit code $code: the job requeues itself"
     for _ in 1 2 3 4 5 6; do
         [ -z "$ended" ] || break
+        echo "exit code $code: the job requeues itself"
         now=$(scontrol show job "$job" -o | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p')
         if [ -n "$now" ] && [ "$now" != "${SLURM_RESTART_COUNT:-0}" ]; then
             echo "it has started again without this node"

@@ -8,7 +8,7 @@ import sys
 
 from dist_train import config_io
 from dist_train.errors import ConfigError
-from launcher.submit import Wish, make_run
+from launcher.submit import make_run, wish_anywhere
 from slurm import client
 from slurm.allocation import read_allocation
 from slurm.script import step_words
@@ -33,18 +33,14 @@ def run_in_allocation(recipe_name: str, overrides: list[str]) -> None:
     """Make the run, and train it on the nodes of the allocation: one srun, one launcher a node."""
     allocation = read_allocation()
     assert allocation is not None
-    settings = [*overrides]
-    config = config_io.load(recipe_name, settings).config
+    config = config_io.load(recipe_name, overrides).config
     if config.parallel.nodes > allocation.nodes:
         raise ConfigError(
             f"parallel.nodes is {config.parallel.nodes}, but the allocation {allocation.job_id} has "
             f"{allocation.nodes}: lower --nodes, or allocate more."
         )
-    per_node = config.parallel.processes_per_node
-    if per_node is None:
-        raise ConfigError("parallel.processes_per_node is null: say how many ranks each node has, --gpus-per-node K.")
-    wish = Wish(config.parallel.nodes, per_node, config.slurm)
-    directory = make_run(recipe_name, settings, wish)
+    wish = wish_anywhere(config)
+    directory = make_run(recipe_name, overrides, wish)
     python = wish.slurm.python or sys.executable
     words = [*step_words(wish.nodes, wish.slurm), python, "-P", "-u", "-m", "launcher", "node", str(directory.path)]
     sys.exit(client.run_step(words, {**os.environ, "PYTHONPATH": str(directory.code), "PYTHONSAFEPATH": "1"}))

@@ -252,12 +252,17 @@ def check_room(wish: Wish) -> None:
         raise ConfigError("; ".join(problems) + ". Ask for less, or for another slurm.partition.")
 
 
-def wish_of(config: RunConfig, is_dry: bool = False) -> Wish:
-    """What the config asks for, if the cluster has it; where it is only shown, Slurm need not be here."""
+def wish_anywhere(config: RunConfig) -> Wish:
+    """What the config asks for, whatever the cluster has."""
     per_node = config.parallel.processes_per_node
     if per_node is None:
         raise ConfigError("parallel.processes_per_node is null: say how many ranks each node has, --gpus-per-node K.")
-    wish = Wish(config.parallel.nodes, per_node, config.slurm)
+    return Wish(config.parallel.nodes, per_node, config.slurm)
+
+
+def wish_of(config: RunConfig, is_dry: bool = False) -> Wish:
+    """What the config asks for, if the cluster has it; where it is only shown, Slurm need not be here."""
+    wish = wish_anywhere(config)
     if client.is_here() or not is_dry:
         check_room(wish)
     return wish

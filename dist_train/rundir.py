@@ -67,6 +67,7 @@ class RunDir:
         self.planned = self.path / "planned.json"
         self.job_script = self.path / "job.sh"
         self.head = self.path / ".head.json"
+        self.absent = self.path / ".absent.json"
         self.head_pid = self.path / ".head.pid"
         self._lock_file = self.path / ".lock"
 

@@ -1,4 +1,4 @@
-"""dist-train submit --seeds N or --ladder: several runs of a recipe as one Slurm array, below one folder."""
+"""dist-train submit --seeds N, --folds N or --ladder: several runs of a recipe as one Slurm array, below one folder."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def submit_seeds(recipe: str, settings: list[str], seeds: int, is_dry: bool, aft
     members = [
         Member(index, f"seed {seed}", recipe, (*settings, f"seed={seed}"), RunDir(folder / f"seed-{seed}"))
         for index, seed in enumerate(range(config.seed, config.seed + seeds))
+    ]
+    return _submit(folder, members, wish_of(config, is_dry), is_dry, after)
+
+
+def submit_folds(recipe: str, settings: list[str], folds: int, is_dry: bool, after: str | None) -> Path | None:
+    """The recipe on each of so many folds of its data as the test split. Returns the folder of the runs."""
+    words = [*settings, f"data.folds={folds}"]
+    config = config_io.load(recipe, words).config
+    folder = study_folder(config, recipe, "folds")
+    members = [
+        Member(fold, f"fold {fold}", recipe, (*words, f"data.fold={fold}"), RunDir(folder / f"fold-{fold}"))
+        for fold in range(folds)
     ]
     return _submit(folder, members, wish_of(config, is_dry), is_dry, after)
 

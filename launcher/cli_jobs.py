@@ -20,6 +20,7 @@ from launcher.cli_options import STRATEGIES, all_settings
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of a script; else its own.")
 @click.option("--name", help="Name of a script's run directory; of a recipe's: name=...")
 @click.option("--seeds", type=click.IntRange(1), help="An array of runs with so many seeds.")
+@click.option("--folds", type=click.IntRange(2), help="An array of runs, each tested on another of so many folds.")
 @click.option("--ladder", is_flag=True, help="An array of the runs of `dist-train ablate`, with --seeds of each.")
 @click.option("--checkpoint", help="TARGET is a run: evaluate its checkpoint best, last or STEP, as `dist-train eval`.")
 @click.option("--after", metavar="RUN", help="Start when the job of this run has ended well.")
@@ -34,11 +35,13 @@ def submit(target: str, words: tuple[str, ...], module: bool, after: str | None,
     from launcher import array as arrays
     from launcher import submit as jobs
 
-    array = {name: flags.pop(name) for name in ("seeds", "ladder", "checkpoint")}
+    array = {name: flags.pop(name) for name in ("seeds", "folds", "ladder", "checkpoint")}
     if (module or target.endswith(".py")) and any(array.values()):
-        raise click.UsageError("--seeds, --ladder and --checkpoint are for recipes and their runs, not for a script.")
-    if array["checkpoint"] is not None and (array["seeds"] or array["ladder"]):
-        raise click.UsageError("--checkpoint evaluates one run: it goes with neither --seeds nor --ladder.")
+        raise click.UsageError("--seeds, --folds, --ladder and --checkpoint are for recipes, not for a script.")
+    if array["checkpoint"] is not None and (array["seeds"] or array["folds"] or array["ladder"]):
+        raise click.UsageError("--checkpoint evaluates one run: it makes no array.")
+    if array["folds"] and (array["seeds"] or array["ladder"]):
+        raise click.UsageError("--folds goes with neither --seeds nor --ladder.")
     if module or target.endswith(".py"):
         jobs.submit_script((["-m"] if module else []) + [target], list(words), is_dry, after, flags)
         return
@@ -50,6 +53,8 @@ def submit(target: str, words: tuple[str, ...], module: bool, after: str | None,
         jobs.submit_evaluation(target, settings, array["checkpoint"], is_dry, after)
     elif array["ladder"]:
         arrays.submit_ladder(target, settings, array["seeds"] or 3, is_dry, after)
+    elif array["folds"] is not None:
+        arrays.submit_folds(target, settings, array["folds"], is_dry, after)
     elif array["seeds"] is not None:
         arrays.submit_seeds(target, settings, array["seeds"], is_dry, after)
     else:

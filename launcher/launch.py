@@ -30,7 +30,7 @@ from launcher.accelerate_config import (
     script_environment,
     worker_environment,
 )
-from launcher.nodes import Place, Team, lead, leading
+from launcher.nodes import Notices, Place, Team, lead, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports
 from launcher.process import Supervisor
 from launcher.start import LET_GO_S, command_lines, git_state, tell_end
@@ -132,11 +132,11 @@ def make_launch(
     return Launch(directory, plan, files)
 
 
-def launch_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
+def launch_in_job(directory: RunDir, place: Place | None, notices: Notices | None) -> None:
     """Start a script that was submitted."""
     plan, command = _read_plan(directory)
     hardware = detect_hardware()
-    with leading(place, [str(directory.path)], announce) as team, directory.locked(LET_GO_S):
+    with leading(place, [str(directory.path)], notices) as team, directory.locked(LET_GO_S):
         if plan.device != ("cuda" if hardware.gpus else "cpu"):
             raise ConfigError(
                 f"the script was planned for {plan.device} when it was submitted, but {os.uname().nodename} has "

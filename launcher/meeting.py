@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import psutil
@@ -98,10 +98,13 @@ class Meeting:
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="node-accept", daemon=True).start()
 
-    def wait_for_all(self, timeout_s: float | None = None) -> None:
-        """ConfigError that names the nodes that did not come."""
+    def wait_for_all(self, timeout_s: float | None = None, look: Callable[[], None] = lambda: None) -> None:
+        """ConfigError that names the nodes that did not come. look: called every second meanwhile."""
+        deadline = time.monotonic() + (timeout_s or MEETING_S)
         with self._changed:
-            self._changed.wait_for(lambda: len(self.hellos) == self.nodes - 1, timeout_s or MEETING_S)
+            while len(self.hellos) < self.nodes - 1 and time.monotonic() < deadline:
+                look()
+                self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic())))
             missing = [rank for rank in range(1, self.nodes) if rank not in self.hellos]
             here = ", ".join(f"{rank} ({hello['host']})" for rank, hello in sorted(self.hellos.items())) or "none"
         if missing:

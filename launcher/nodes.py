@@ -68,6 +68,16 @@ def place_by_hand(nodes: int | None, node_rank: int | None, head: str | None) ->
     return Place(node_rank, nodes, host, int(port))
 
 
+@dataclass(frozen=True)
+class Notices:
+    """What nodes can tell each other before they meet, where they share a folder."""
+
+    announce: Callable[[int], None] = lambda port: None
+    """Node 0 says at which port it listens."""
+    hear: Callable[[], None] = lambda: None
+    """Node 0 looks whether a node cannot come, and raises why."""
+
+
 StartRanks = Callable[[RunDir, int, Sequence[str], Rendezvous, Callable[[], None]], None]
 """Starts this node's ranks of an attempt, with arguments for them, and waits, calling the last argument often."""
 
@@ -75,8 +85,8 @@ StartRanks = Callable[[RunDir, int, Sequence[str], Rendezvous, Callable[[], None
 class Team:
     """The nodes of a launch, as node 0 leads them."""
 
-    def __init__(self, place: Place, typed: Sequence[str]) -> None:
-        self.place = place
+    def __init__(self, place: Place, typed: Sequence[str], notices: Notices) -> None:
+        self.place, self._notices = place, notices
         self._typed = list(typed)
         self._meeting = Meeting(place.nodes, place.port)
         self._ended: dict[int, Message] = {}
@@ -92,7 +102,7 @@ class Team:
         meeting, place = self._meeting, self.place
         self._ended.clear()
         self._crashed_at, self._attempt = None, attempt
-        meeting.wait_for_all()
+        meeting.wait_for_all(look=self._notices.hear)
         for rank, hello in sorted(meeting.hellos.items()):
             if hello.get("typed") != self._typed:
                 raise ConfigError(
@@ -195,19 +205,15 @@ class Team:
 
 
 @contextlib.contextmanager
-def leading(
-    place: Place | None, typed: Sequence[str], announce: Callable[[int], None] = lambda port: None
-) -> Iterator[Team | None]:
-    """The team of node 0, which hears of the end however it comes. None for one node.
-
-    typed: see `follow`. announce: is told the port where the others are awaited.
-    """
+def leading(place: Place | None, typed: Sequence[str], notices: Notices | None = None) -> Iterator[Team | None]:
+    """The team of node 0, which hears of the end however it comes. None for one node. typed: see `follow`."""
     if place is None:
         yield None
         return
-    team = Team(place, typed)
+    notices = notices or Notices()
+    team = Team(place, typed, notices)
     try:
-        announce(team.port)
+        notices.announce(team.port)
         yield team
     except BaseException as error:
         team.close(error)

@@ -44,7 +44,7 @@ from dist_train.stop import StopFlag
 from launcher import accelerate_base
 from launcher.accelerate_config import Rendezvous, accelerate_config, launch_command, worker_environment
 from launcher.measure import measure_profile
-from launcher.nodes import Place, Team, follow, lead, leading
+from launcher.nodes import Notices, Place, Team, follow, lead, leading
 from launcher.preflight import check_can_start, check_deepspeed_build, check_gpus, check_imports, check_one_rank
 from launcher.process import Supervisor, read_output
 from launcher.watch import Watch
@@ -65,7 +65,7 @@ def run(recipe_name: str, overrides: list[str], debug: bool = False, place: Plac
     return start.directory
 
 
-def train_in_job(directory: RunDir, place: Place | None, announce: Callable[[int], None]) -> None:
+def train_in_job(directory: RunDir, place: Place | None, notices: Notices | None) -> None:
     """Begin or go on with a run that was submitted. Ranks that crash or hang are started again, at most slurm.restarts
     times without a new checkpoint."""
     stop = StopFlag()
@@ -73,7 +73,7 @@ def train_in_job(directory: RunDir, place: Place | None, announce: Callable[[int
     accept = job.get("accept", [])
     arguments = tuple(f"--accept={word}" for word in accept)
     # What trained in it before the job came back may still be ending on another node.
-    with leading(place, [str(directory.path)], announce) as team, stop.installed(), directory.locked(LET_GO_S):
+    with leading(place, [str(directory.path)], notices) as team, stop.installed(), directory.locked(LET_GO_S):
         start = known_run(directory, [], accept, lambda start: _check_planned(start, team), measure=measure_profile)
         left, begun = start.config.slurm.restarts, _last_step(directory)
         while True:

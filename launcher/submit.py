@@ -162,6 +162,7 @@ def script_of(
     """stops_early: whether what runs saves before the time limit and goes on afterwards. words: of the command that
     each node runs, by default the run's training. array: its indices. code: where the code lies, if elsewhere."""
     python = wish.slurm.python or sys.executable
+    logs = Path(str(directory.logs).replace("%", "%%"))  # what follows a % is a pattern of sbatch
     return render(
         Job(
             name=directory.name,
@@ -170,7 +171,7 @@ def script_of(
             code=code or directory.code,
             command=(python, "-P", "-u", "-m", "launcher", *(words or ("node", str(directory.path)))),
             pid_file=directory.head_pid,
-            log=directory.logs / ("slurm-%j.log" if array is None else "slurm-%A_%a.log"),
+            log=logs / ("slurm-%j.log" if array is None else "slurm-%A_%a.log"),
             array=array,
             dependency=dependency,
             stops_early=stops_early,

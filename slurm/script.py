@@ -159,6 +159,8 @@ def _step(job: Job, slurm: SlurmConfig) -> str:
     command: Sequence[str] = job.command
     if slurm.container_image is not None:
         own = job.pid_file.parent
+        if re.search("[:,]", str(own)):
+            raise ConfigError(f"a container cannot mount {own}: its path has a colon or a comma. Set output_dir.")
         seen = [f"{own}:{own}", *slurm.container_mounts]
         if slurm.container == "pyxis":
             words += [f"--container-image={slurm.container_image}", f"--container-mounts={','.join(seen)}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -87,12 +88,18 @@ def _run(script: str, folder: Path) -> tuple[list[str], dict[str, str]]:
     return [word.decode() for word in words], {name.decode(): value.decode() for name, _, value in pairs}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all examples."""
+    return tmp_path_factory.mktemp("scripts")
+
+
 # 250 scripts of 20 values each.
 @settings(max_examples=250, deadline=None)
 @given(st.lists(st.one_of(st.text(), st.sampled_from(NASTY)), min_size=20, max_size=20))
-def test_a_value_reaches_srun_byte_for_byte_or_is_refused(values: list[str]) -> None:
-    folder = _folder()
-    before = sorted(path.name for path in folder.iterdir())
+def test_a_value_reaches_srun_byte_for_byte_or_is_refused(folder: Path, values: list[str]) -> None:
+    own = {"bin", "words", "variables"}
+    before = {path.name for path in folder.iterdir()} - own
     command, variables = [], {}
     for index, value in enumerate(values):
         try:
@@ -115,21 +122,34 @@ def test_a_value_reaches_srun_byte_for_byte_or_is_refused(values: list[str]) -> 
     words, seen = _run(script, folder)
     assert words[words.index("python") + 1 :] == command
     assert {name: seen[name] for name in variables} == variables
-    assert sorted(path.name for path in folder.iterdir() if path.name not in ("bin", "words", "variables")) == [
-        name for name in before if name not in ("bin", "words", "variables")
-    ], "a value was run"
+    assert {path.name for path in folder.iterdir()} - own == before, "a value was run"
 
 
-def _folder() -> Path:
-    """One for all examples."""
-    path = Path(os.environ["PYTEST_SCRIPT_FOLDER"])
-    path.mkdir(exist_ok=True)
-    return path
+# Of the characters that a file's name or an image can have; a slash would make it another path.
+_NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=60)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _place(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["PYTEST_SCRIPT_FOLDER"] = str(tmp_path_factory.mktemp("scripts"))
+@settings(max_examples=100, deadline=None)
+@given(name=st.one_of(_NAMES, st.sampled_from([value for value in NASTY if value])), image=st.one_of(_NAMES, st.none()))
+def test_a_folder_and_an_image_of_any_name_reach_srun_or_are_refused(
+    folder: Path, name: str, image: str | None
+) -> None:
+    own = Path("/runs") / name
+    job = _job(code=own / "code", pid_file=own / ".head.pid", log=own / "logs" / "slurm-%j.log", name=name)
+    try:
+        script = render(job, SlurmConfig(container_image=image, container="apptainer"))
+    except (ConfigError, ValidationError):
+        assert not name.isprintable() or image is not None
+        return
+    words, seen = _run(script, folder)
+    assert seen["PYTHONPATH"] == f"{own}/code"
+    options = re.findall(r"^#SBATCH --(?:job-name|output)=(.*)$", script, flags=re.MULTILINE)
+    # sbatch reads a value in double quotes, where a backslash takes what follows as it is.
+    read = [re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value for value in options]
+    assert read == [name, f"{own}/logs/slurm-%j.log".replace("\\", "\\\\")]
+    if image is not None:
+        assert words[words.index("apptainer") :][:4] == ["apptainer", "exec", "--bind", f"{own}:{own}"]
+        assert words[words.index("apptainer") + 4] == image
 
 
 @pytest.mark.parametrize("value", ["$(x)", "`x`", "a\nb", "#SBATCH", "-rf", "a b", "a'b", 'a"b', "a;b", "a\\b"])

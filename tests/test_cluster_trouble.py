@@ -29,7 +29,7 @@ from tests.slurm_jobs import (
     wait_for_state,
 )
 
-pytestmark = [pytest.mark.front_door, pytest.mark.cluster]
+pytestmark = [pytest.mark.front_door, pytest.mark.cluster, pytest.mark.matrix]
 
 
 def test_time_limits_cost_nothing_and_a_broken_checkout_does_not_matter(

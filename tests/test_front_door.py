@@ -129,7 +129,7 @@ def test_debug_runs_one_rank_in_the_very_process(desk: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_a_killed_run_goes_on_bit_identical(desk: Path, ranks: int, victim: str) -> None:
     run = desk / "runs" / f"killed-{victim}-{ranks}"
     process = start(run_tickets(run.name, ranks), desk)

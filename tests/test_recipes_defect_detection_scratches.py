@@ -51,6 +51,7 @@ def test_it_is_darker_as_often_as_lighter() -> None:
 
 @settings(max_examples=60, deadline=None)
 @example(248367, 16, 16, 1.0, 196.0, 1.0, 0.0, 1)
+@example(29787, 16, 16, 0.75, 1.0, 1.0, 0.0, 1)
 @given(
     st.integers(0, 2**32),
     st.integers(16, 70),

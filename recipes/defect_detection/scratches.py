@@ -29,7 +29,11 @@ def draw_scratch(
     )
     depth = _depth_along(generator, len(points))
     coverage, relief = _rasterise(points, depth, width_px, height, width)
-    mask = (coverage > 0.4 * min(1.0, width_px)).astype(np.uint8)
+    whole = min(1.0, width_px)
+    if not (coverage > 0.4 * whole).any():  # less than a pixel long, and it lies between pixels
+        middle = tuple(np.rint(points[len(points) // 2]).astype(int))
+        coverage[middle] = relief[middle] = whole
+    mask = (coverage > 0.4 * whole).astype(np.uint8)
     signed = _signed_contrast(image, mask, contrast, generator)
     return np.clip(image + np.float32(signed) * relief, 0.0, 1.0).astype(np.float32), mask
 

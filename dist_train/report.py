@@ -78,8 +78,8 @@ def build_report(
     figures += score.figures(tables["test"], report["groups"]["test"], Path(facts["folder"]))
     write_json(results.report_json, report)
     context = {"report": report, "table": summary_table(report), "config": run.config.read_text()}
-    write_atomic(results.report_md, _render("report.md.j2", context))
-    write_atomic(results.report_html, _render("report.html.j2", {**context, "figures": figures}))
+    write_atomic(results.report_md, render("report.md.j2", context))
+    write_atomic(results.report_html, render("report.html.j2", {**context, "figures": figures}))
     if results is run and run.model_record.is_file():
         write_atomic(run.best / "README.md", _model_card(run, report))
     return report
@@ -115,7 +115,7 @@ def _model_card(run: RunDir, report: dict[str, Any]) -> str:
     """The card beside the model: what was measured, what it was made from, how to use it."""
     record = read_json(run.model_record)
     record["recipe_name"] = Path(record["recipe"]).name  # a recipe of one's own is named by its folder
-    return _render("model_card.md.j2", {"report": report, "record": record})
+    return render("model_card.md.j2", {"report": report, "record": record})
 
 
 def _read_predictions(run: RunDir, path: Path) -> pa.Table:
@@ -259,7 +259,8 @@ def _training(run: RunDir, lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _render(name: str, context: Mapping[str, Any]) -> str:
+def render(name: str, context: Mapping[str, Any]) -> str:
+    """The template of this name, filled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from dist_train.config import RunConfig
@@ -124,28 +124,37 @@ def _start_wandb(run: RunDir, config: RunConfig) -> Any:
 
 
 def _open_wandb(run: RunDir, config: RunConfig, mode: str) -> Any:
-    import wandb
-
     if run.wandb_id.is_file():
         run_id = run.wandb_id.read_text().strip()
     else:
         run_id = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
         write_atomic(run.wandb_id, run_id + "\n")
-    track, variables = config.track, os.environ
+    variables = os.environ
+    own = {
+        "id": run_id,
+        "dir": str(run.path),
+        "name": variables.get("WANDB_NAME") or run.name,
+        "group": config.track.group or variables.get("WANDB_RUN_GROUP"),
+        "job_type": config.track.job_type or variables.get("WANDB_JOB_TYPE") or "train",
+        "tags": config.track.tags or [tag for tag in variables.get("WANDB_TAGS", "").split(",") if tag],
+        "config": flatten(config),
+    }
+    return open_wandb(own, config, mode, lambda error: log_event(run.events, "tracking_offline", message=str(error)))
+
+
+def open_wandb(own: Mapping[str, Any], config: RunConfig, mode: str, tell: Callable[[Exception], None]) -> Any:
+    """A run of W&B. own: what is this run's alone, as wandb.init takes it. tell: hears why a run that was to be online
+    is not."""
+    import wandb
+
     start = functools.partial(
         wandb.init,
-        id=run_id,
         resume="allow",
-        dir=str(run.path),
         # W&B reads its variables once a process, so they are handed over.
-        name=variables.get("WANDB_NAME") or run.name,
-        project=track.project or variables.get("WANDB_PROJECT") or "dist-train",
-        entity=track.entity or variables.get("WANDB_ENTITY"),
-        group=track.group or variables.get("WANDB_RUN_GROUP"),
-        job_type=track.job_type or variables.get("WANDB_JOB_TYPE") or "train",
-        tags=track.tags or [tag for tag in variables.get("WANDB_TAGS", "").split(",") if tag],
-        config=flatten(config),
+        project=config.track.project or os.environ.get("WANDB_PROJECT") or "dist-train",
+        entity=config.track.entity or os.environ.get("WANDB_ENTITY"),
         settings=wandb.Settings(init_timeout=_init_timeout_s(), silent=True, disable_git=True, console="off"),
+        **own,
     )
     # The service that W&B starts inherits what is blocked: whoever ends a whole job must not end it before us.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
@@ -154,7 +163,7 @@ def _open_wandb(run: RunDir, config: RunConfig, mode: str) -> Any:
     except Exception as error:  # no host answers, or the key is wrong
         if mode != "online":
             raise
-        log_event(run.events, "tracking_offline", message=str(error))
+        tell(error)
         return start(mode="offline")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -123,7 +123,8 @@ def train_task(
     """Engine, resume, train, finish.
 
     code: the files that define the task. arguments: --accept=code goes on with changed code; --evaluate=CHECKPOINT
-    trains nothing; --parity records each step and ends there; --bandwidth measures the collectives and trains nothing.
+    trains nothing; --parity records each step and ends there; --bandwidth measures the collectives and trains nothing;
+    --speed trains and evaluates nothing.
     recipe: where the memory of a step is to be held against its prediction.
     """
     from dist_train.bandwidth import write_bandwidth
@@ -158,6 +159,8 @@ def train_task(
             train(training)
             if recipe is not None:
                 write_memory_record(training, recipe)
+        if "--speed" in arguments:
+            return
         finish(training, evaluate or "best")
     except BaseException as error:
         if training.tracker is not None:

@@ -11,8 +11,8 @@ import click
 
 from dist_train import __version__
 from dist_train.errors import ToolkitError
-from launcher import cli_jobs, complete
-from launcher.cli_options import STRATEGIES, all_settings, study_options
+from launcher import cli_jobs, cli_studies, complete
+from launcher.cli_options import STRATEGIES, all_settings
 from launcher.output import make_output_steady
 
 
@@ -252,41 +252,6 @@ def eval_command(run_dir: str, checkpoint: str) -> None:
     print_summary(*start.evaluate(run_dir, checkpoint))
 
 
-@cli.command(short_help="What each component of a recipe adds.")
-@click.argument("recipe", shell_complete=complete.recipes)
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
-@click.option(
-    "--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each rung, from `seed` on."
-)
-@study_options
-def ablate(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
-    """Train every rung of the recipe's `ladder` over several seeds, and print what each adds, with paired intervals.
-
-    The same command goes on with a study that was broken off: finished runs are kept.
-    """
-    from launcher.ablate import ablate as run_study
-
-    sys.exit(run_study(recipe, list(settings), **options))
-
-
-@cli.command(short_help="How a model ages, and when to train again.")
-@click.argument("recipe", shell_complete=complete.recipes)
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete.settings)
-@click.option("--cuts", type=click.IntRange(2), default=4, show_default=True, help="Models, data.period_days apart.")
-@click.option(
-    "--tolerance", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Share of the metric to give up."
-)
-@study_options
-def backtest(recipe: str, settings: tuple[str, ...], **options: Any) -> None:
-    """Train RECIPE up to several moments and test each model on all that came after: how it falls with its age.
-
-    The same command goes on with a study that was broken off: finished runs are kept.
-    """
-    from launcher.backtest import backtest as run_study
-
-    sys.exit(run_study(recipe, list(settings), **options))
-
-
 @cli.command(short_help="How long one row takes.")
 @click.argument("path", metavar="RUN", shell_complete=complete.runs)
 @click.argument("source", metavar="FILE")
@@ -351,7 +316,7 @@ def recipes(keys_of: str | None, schema_of: str | None) -> None:
         print_recipes()
 
 
-for _command in cli_jobs.COMMANDS:
+for _command in (*cli_studies.COMMANDS, *cli_jobs.COMMANDS):
     cli.add_command(_command)
 
 

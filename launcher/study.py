@@ -127,15 +127,20 @@ def write_table(
     shown = [f"![]({picture})", ""] if picture else []
     text = [f"# {name.capitalize()}", "", *lines, "", note, "", *shown, *(f"- {line}" for line in sentences), ""]
     write_atomic(folder / f"{name}.md", "\n".join(text))
+    print_table(rows, f"{folder}: test split", (*sentences, note))
+    print(f"\nkept in {folder / name}.md and {name}.json")
+
+
+def print_table(rows: Sequence[Sequence[str]], title: str, sentences: Sequence[str]) -> None:
+    """rows: a header first; none where there is no table."""
     console = open_console()
     if rows:
-        table = Table(*rows[0], title=f"{folder}: test split", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(*rows[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
-    for line in (*sentences, note):
+    for line in sentences:
         console.print(line, soft_wrap=True)
-    console.print(f"\nkept in {folder / name}.md and {name}.json", soft_wrap=True)
 
 
 def _bring_to_its_end(member: Member) -> None:

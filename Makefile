@@ -31,14 +31,15 @@ RANKS ?= $(if $(shell command -v nvidia-smi),,parallel.processes_per_node=2)
 demo: $(STAMP)
 	$(BIN)/dist-train run ticket_routing/demo $(RANKS)
 
-# Test files run beside each other; most of them wait for processes of their own.
+# Test files run beside each other, the longest first (tests/conftest.py); most wait for processes of their own.
 WORKERS ?= 3
+BESIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not matrix"
+	$(BIN)/python -m pytest -q $(BESIDE) -m "not matrix"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q $(BESIDE)
 
 # A real Slurm on this machine, to try things on (docs/slurm.md). Needs root and Slurm's packages.
 cluster-up:

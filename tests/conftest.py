@@ -18,6 +18,12 @@ from tests.slurm_jobs import LONG, SCRIPTS, missing_for_a_cluster
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes first: a worker that begins with one at the end would let the others wait."""
+    order = ("cluster", "front_door", "ranks")
+    items.sort(key=lambda item: next((i for i, name in enumerate(order) if item.get_closest_marker(name)), len(order)))
+
+
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder, with a slurm/ and a recipes/ of its own, and the uninterrupted runs on 2 and 4 ranks."""

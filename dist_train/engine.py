@@ -98,12 +98,21 @@ class Engine:
             return batch
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def seed(self, value: int) -> None:
+        """Seed the generators that a forward pass may draw from. torch.manual_seed would also ask those of devices that
+        are not there, which takes it a millisecond."""
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(value)
+
     def forward(self, batch: Batch) -> Any:
         """The module's answer under the plan's precision. Under zero3 and fsdp every rank must call it as often."""
         if isinstance(self.strategy, Zero):
             return self.strategy.forward(batch)  # DeepSpeed has its own switch for autocast
+        if self._autocast is None:
+            return self.strategy.forward(batch)
         cache = self.strategy.autocast_caches
-        with torch.autocast(self.device.type, self._autocast, self._autocast is not None, cache):
+        with torch.autocast(self.device.type, self._autocast, True, cache):
             return self.strategy.forward(batch)
 
     def backward(self, batch: Batch, total_weight: float, last: bool) -> Tensor:

@@ -226,17 +226,18 @@ def make_step(training: Training, rows: Rows, schedule: Schedule, step: int) -> 
 def _launch(training: Training, schedule: Schedule, data: StepData, wants_save: bool) -> Launched:
     """Forward, backward, agree, update: enqueued on the device, with nothing read back."""
     config, plan, state, engine = training.config, training.plan, training.state, training.engine
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    losses = []
     engine.begin_step()
     for index, batch in enumerate(data.batches):
         _seed_model(training, index)
         last = index == len(data.batches) - 1
-        loss_sum += engine.backward(engine.to_device(batch), data.total_weight, last).double()
+        losses.append(engine.backward(engine.to_device(batch), data.total_weight, last))
     lr = lr_at(state.step, plan.steps, config.optim)
     set_lr(engine.strategy.optimizer, lr, state.step)
     # One collective carries the loss and what the ranks must agree on.
     said = [float(bool(training.stop)), float(wants_save), *map(float, training.saver.wishes())]
-    wishes = torch.cat([loss_sum[None], torch.tensor(said, dtype=torch.float64).to(engine.device, non_blocking=True)])
+    loss_sum = torch.stack(losses).double().sum(0, keepdim=True)
+    wishes = torch.cat([loss_sum, torch.tensor(said, dtype=torch.float64).to(engine.device, non_blocking=True)])
     outcome = engine.step(wishes)
     if training.ema is not None and config.train.ema_decay is not None:
         _update_ema(training, average_decay(state.step, config.train.ema_decay))
@@ -291,7 +292,7 @@ def probe_largest(training: Training, rows: Rows) -> None:
 def _seed_model(training: Training, micro_batch: int) -> None:
     """Dropout is a pure function of seed, step, micro-batch and rank: there is no generator state to save."""
     state, engine = training.state, training.engine
-    torch.manual_seed(derive_seed(DROPOUT, training.config.seed, state.step, micro_batch, engine.rank))
+    engine.seed(derive_seed(DROPOUT, training.config.seed, state.step, micro_batch, engine.rank))
 
 
 def _report_nonfinite(training: Training, launched: Launched) -> None:

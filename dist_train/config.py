@@ -96,6 +96,8 @@ class TrainConfig(Section):
     """Compile each block with torch.compile, for any row length; the first steps then take longer."""
     deterministic: Flag = False
     """Deterministic GPU kernels: the same bits on every run of the same hardware, at the price of speed."""
+    profile: Positive | None = None
+    """Profile so many steps of each start on every rank, into the run's folder `profile`; null profiles none."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

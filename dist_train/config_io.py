@@ -38,6 +38,7 @@ RESUMABLE = (
     "train.activation_checkpointing",
     "train.compile",
     "train.deterministic",
+    "train.profile",
     "eval.batch_size",
     "task.target_accuracy",
     "data.cache_dir",

@@ -31,6 +31,7 @@ from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir
 from dist_train.save import Saver
 from dist_train.score import Score, is_of_group
+from dist_train.step_profile import StepProfile
 from dist_train.stop import StopFlag
 from dist_train.task import Batch, Rows, Task
 from dist_train.track import Tracker
@@ -71,6 +72,7 @@ class Training:
     tracker: Tracker | None
     heartbeat: Heartbeat
     memory: StepPeak
+    profile: StepProfile
     score: Score
     fingerprints: dict[str, str]
     """What the result depends on beside the config, by name."""
@@ -129,6 +131,7 @@ def _train(training: Training) -> None:
             if plan.fits and config.train.micro_batch_size == "auto":
                 probe_largest(training, rows)
         wants_save = _minutes_passed(config.checkpoint.every_minutes, saved_at)
+        training.profile.at(index)
         with training.memory.around(index, state.step + 1, data.shapes):
             launched = _launch(training, schedule, data, wants_save)
         if index == 0:
@@ -147,6 +150,7 @@ def _train(training: Training) -> None:
         stopped_now, _ = _settle(training, before, meter)
         stop_asked, before = stop_asked or stopped_now, None
         since = meter.pause()
+        training.profile.close()  # what follows is no step
         improved = evaluates and _evaluate(training)
         ended = state.step == last_step or state.stopped_early
         if (improved or due or save_asked or stop_asked or ended) and saved_step != state.step:

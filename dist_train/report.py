@@ -60,6 +60,7 @@ def build_report(
         "about_baselines": dict(score.about_baselines),
         "comparison": measured["test"]["comparison"],
         "conditions": conditions,
+        "profile": [read_json(path) for path in sorted(run.profile.glob("rank*.json"))],
         "latency": read_json(run.latency) if run.latency.is_file() else None,
         "best_baseline": best_baseline(measured["validation"]["metrics"], score),
         "verdicts": _gain(measured, score) + _verdicts(measured["test"], score),

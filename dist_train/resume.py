@@ -23,6 +23,7 @@ from dist_train.peak import StepPeak
 from dist_train.plan import LaunchPlan
 from dist_train.rundir import RunDir, read_json
 from dist_train.score import Score
+from dist_train.step_profile import StepProfile
 from dist_train.stop import StopFlag
 from dist_train.task import Task
 from dist_train.track import Tracker
@@ -70,9 +71,22 @@ def build_training(
         ema = {entry.name: entry.flat.clone() for entry in engine.strategy.weights()}
     tracker = Tracker(run, config, attempt) if engine.rank == 0 else None
     saver = make_saver(run, engine, config)
-    memory = StepPeak(engine.device)
     return Training(
-        config, plan, run, engine, task, TrainState(), ema, saver, stop, tracker, heartbeat, memory, score, fingerprints
+        config=config,
+        plan=plan,
+        run=run,
+        engine=engine,
+        task=task,
+        state=TrainState(),
+        ema=ema,
+        saver=saver,
+        stop=stop,
+        tracker=tracker,
+        heartbeat=heartbeat,
+        memory=StepPeak(engine.device),
+        profile=StepProfile(engine, run.profile, config.train.profile),
+        score=score,
+        fingerprints=fingerprints,
     )
 
 

@@ -52,6 +52,7 @@ class RunDir:
         self.predictions = self.path / "predictions"
         self.bandwidth = self.path / "bandwidth.json"
         self.latency = self.path / "latency.json"
+        self.profile = self.path / "profile"
         self.parity = self.path / "parity"
         self.best = self.path / "best"
         self.model_record = self.best / MODEL_RECORD

@@ -49,6 +49,8 @@ class Repeat:
     """Of the last step; where the model has dropout, of a short training without, once a size."""
     memory_gib: float
     predicted_gib: float | None
+    split: dict[str, float] | None
+    """Shares of a step's time by what it went into; None where this repeat was not profiled."""
     shares_one_host: bool
     load: float
     """Processes that wanted to run when it began, averaged over a minute."""
@@ -99,6 +101,7 @@ def summarise(
             "padding_share": statistics.median(repeat.padding_share for repeat in repeats),
             "memory_gib": max(repeat.memory_gib for repeat in repeats),
             "predicted_gib": repeats[0].predicted_gib,
+            "split": next((repeat.split for repeat in repeats if repeat.split), None),
             "loss": losses[size],
             "load": max(repeat.load for repeat in repeats),
             "clock_mhz": repeats[0].clock_mhz,
@@ -109,6 +112,22 @@ def summarise(
         entry["flags"] = _flags(size, repeats, entry, reference if mode == "strong" else None, cores)
         entries.append(entry)
     return entries
+
+
+def flat_table(entries: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The entries as rows of plain values, a header first."""
+    lists = ("flags", "samples_per_s_by_repeat", "split")
+    names = [name for name in entries[0] if name not in lists]
+    parts = sorted({part for entry in entries for part in entry["split"] or {}})
+    header = [*names, *(f"share of {part}" for part in parts), "flags"]
+    return [header] + [
+        [
+            *(entry[name] for name in names),
+            *((entry["split"] or {}).get(part) for part in parts),
+            "; ".join(entry["flags"]),
+        ]
+        for entry in entries
+    ]
 
 
 def _flags(

@@ -12,7 +12,7 @@ from typing import Any
 from dist_train.config import RunConfig
 from dist_train.config_io import flatten
 from dist_train.rundir import read_json, write_json
-from dist_train.scaling import Repeat
+from dist_train.scaling import Repeat, flat_table
 from dist_train.track import open_wandb, wandb_mode
 
 _SUMMARY = "summary"
@@ -58,10 +58,8 @@ def _track_summary(folder: Path, study: Mapping[str, Any], config: RunConfig, mo
     import wandb
 
     run = _open(folder, study, _SUMMARY, {**flatten(config), "scaling": study["asked"]}, config, mode)
-    entries = study["sizes"]
-    names = [name for name in entries[0] if name not in ("flags", "samples_per_s_by_repeat")]
-    rows = [[*(entry[name] for name in names), "; ".join(entry["flags"])] for entry in entries]
-    table = wandb.Table(columns=[*names, "flags"], data=rows)
+    columns, *rows = flat_table(study["sizes"])
+    table = wandb.Table(columns=columns, data=rows)
     run.log({"scaling": table, "page": wandb.Html(str(folder / "scale.html"))})
     for strategy, found in study["fits"].items():
         for each in found["predictions"]:

@@ -28,8 +28,9 @@ from launcher import scale_report
 from launcher.start import git_state, run_for_a_check
 from launcher.study import study_folder
 
-# What happens once is over by then: the measurement of memory, in the third step, among it.
-_LEAST_WARM_UP = 5
+_PROFILED_STEPS = 3
+# What happens once is over by then: the measurement of memory, in the third step, and the profile, from the fifth.
+_LEAST_WARM_UP = 8
 _COMPARED_STEPS = 10
 
 
@@ -164,7 +165,8 @@ def _measure_all(asked: Asked, folder: Path, config: RunConfig, hardware: Hardwa
             state = {"load": os.getloadavg()[0], "clock_mhz": _clock_mhz()}
             try:
                 with _environment(_variables(asked, hardware)):
-                    run_for_a_check(asked.recipe, _settings_of(asked, config, size, run), "--speed")
+                    words = [f"train.profile={_PROFILED_STEPS}"] if repeat == 0 else []
+                    run_for_a_check(asked.recipe, [*_settings_of(asked, config, size, run), *words], "--speed")
                     measured = _read(run, asked, state)
                     if _has_dropout(config):
                         loss = _loss_without_dropout(asked, config, size, folder) if repeat == 0 else None
@@ -282,9 +284,23 @@ def _read(run: RunDir, asked: Asked, state: dict[str, Any]) -> Repeat:
         loss=lines[-1]["loss"],
         memory_gib=lines[-1]["memory_gib"] if memory is None else memory["measured"] / 2**30,
         predicted_gib=None if memory is None else memory["predicted"]["peak"] / 2**30,
+        split=_split(run),
         shares_one_host=len({record["host"] for record in hosts}) == 1,
         **state,
     )
+
+
+def _split(run: RunDir) -> dict[str, float] | None:
+    """Shares of a profiled step, means over the ranks; None where this repeat was not profiled."""
+    ranks = [read_json(path) for path in sorted(run.profile.glob("rank*.json"))]
+    if not ranks:
+        return None
+    parts = [{**rank["phases_s"], "exposed communication": rank["exposed_communication_s"]} for rank in ranks]
+    shares = {name: sum(part[name] / rank["seconds"] for part, rank in zip(parts, ranks, strict=True)) / len(ranks)
+              for name in parts[0]}  # fmt: skip
+    # Ranks wait for each other in the backward pass, or at the step's end.
+    shares["backward"] = max(0.0, shares["backward"] - shares["exposed communication"])
+    return {**shares, "rest": max(0.0, 1.0 - sum(shares.values()))}
 
 
 def _clock_mhz() -> float | None:

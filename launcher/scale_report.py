@@ -12,6 +12,7 @@ from typing import Any
 from dist_train import plots
 from dist_train.report import render
 from dist_train.rundir import write_atomic, write_json
+from dist_train.scaling import flat_table
 from launcher.study import print_table
 
 Entry = Mapping[str, Any]
@@ -37,10 +38,8 @@ def write(folder: Path, study: Mapping[str, Any]) -> None:
     write_json(folder / "scale.json", dict(study))
     entries = study["sizes"]
     stream = io.StringIO()
-    names = [name for name in entries[0] if name not in ("flags", "samples_per_s_by_repeat")]
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*names, "flags"])
-    writer.writerows([*(entry[name] for name in names), "; ".join(entry["flags"])] for entry in entries)
+    writer.writerows(flat_table(entries))
     write_atomic(folder / "scale.csv", stream.getvalue())
     rows, sentences = _rows(entries), _sentences(study)
     context = {
@@ -48,7 +47,7 @@ def write(folder: Path, study: Mapping[str, Any]) -> None:
         "about": _about(study),
         "table": rows,
         "sentences": sentences,
-        "figures": [_speed(study), _memory(entries)],
+        "figures": [_speed(study), *_time(entries), _memory(entries)],
         "runs": [f"{entry['name']}-r{repeat}" for entry in entries for repeat in range(entry["repeats"])],
     }
     write_atomic(folder / "scale.html", render("study.html.j2", context))
@@ -118,6 +117,26 @@ def _speed(study: Mapping[str, Any]) -> dict[str, str]:
     left.legend()
     caption = "Median over the repeats; the thin bars reach from the slowest to the fastest repeat."
     return plots.picture(figure, "Speed-up and efficiency", caption)
+
+
+def _time(entries: Sequence[Entry]) -> list[dict[str, str]]:
+    """The split of a step, where there is one."""
+    split = [entry for entry in entries if entry["split"] is not None]
+    if not split:
+        return []
+    figure, (axes,) = plots.make_axes(1, 6.4, 3.2)
+    places, below = range(len(split)), [0.0] * len(split)
+    for part, colour in zip(split[0]["split"], (*plots.COLOURS, "0.8"), strict=True):
+        heights = [1000 * entry["step_s"] * entry["split"][part] for entry in split]
+        axes.bar(places, heights, 0.6, bottom=below, label=part, color=colour)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.set_xticks(places, [plots.plain(entry["name"]) for entry in split])
+    axes.set(ylabel="ms a step")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    caption = (
+        "The median step by the shares of profiled ones, means over the ranks. Exposed: nothing is computed beside."
+    )
+    return [plots.picture(figure, "Where a step's time goes", caption)]
 
 
 def _memory(entries: Sequence[Entry]) -> dict[str, str]:

@@ -33,7 +33,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text("raise RuntimeError('the user\\'s own package was imported')")
     for ranks in (2, 4):
-        done = dist_train(run_tickets(f"whole{ranks}", ranks), folder)
+        done = dist_train([*run_tickets(f"whole{ranks}", ranks), "train.profile=2"], folder)
         assert done.returncode == 0, done.stdout + done.stderr
         (folder / f"whole{ranks}.txt").write_text(done.stdout)
     return folder

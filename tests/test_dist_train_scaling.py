@@ -19,6 +19,7 @@ def _repeat(step_s: float, **other: Any) -> Repeat:
         "loss": 1.0,
         "memory_gib": 0.5,
         "predicted_gib": 0.5,
+        "split": None,
         "shares_one_host": True,
         "load": 0.0,
         "clock_mhz": None,

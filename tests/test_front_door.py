@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import re
@@ -74,6 +75,20 @@ def test_the_report_needs_nothing_from_outside_and_shows_any_label_as_text(desk:
         xml.dom.minidom.parseString(base64.b64decode(source.partition(",")[2]))
     assert "<script" not in html
     assert "| <i>access</i>\\|$x_1 |" in (run / "report.md").read_text()
+
+
+def test_the_report_says_where_the_time_of_a_step_went(desk: Path) -> None:
+    run = desk / "runs" / "whole2"
+    ranks = json.loads((run / "report.json").read_text())["profile"]
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank["steps"] == 2
+        assert 0 < rank["exposed_communication_s"] <= rank["communication_s"] < rank["seconds"]
+        assert 0.5 * rank["seconds"] < sum(rank["phases_s"].values()) < rank["seconds"]
+        assert len(rank["operations"]) == 10
+    assert ranks[0]["operations"][0]["name"] in (run / "report.html").read_text()
+    trace = json.loads(gzip.decompress((run / "profile" / "rank1.trace.json.gz").read_bytes()))
+    assert any(event.get("name") == "gloo:all_reduce" for event in trace["traceEvents"])
 
 
 def test_a_report_is_the_same_when_it_is_made_again_and_another_checkpoint_can_be_evaluated(desk: Path) -> None:

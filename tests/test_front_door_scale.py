@@ -20,7 +20,7 @@ pytestmark = pytest.mark.front_door
 
 WORDS = [
     *("scale", "ticket_routing", *TICKET_SETTINGS, "model.dropout=0.1"),
-    *("--gpus-per-node", "1,2", "--steps", "6", "--warm-up", "5", "--repeat", "2"),
+    *("--gpus-per-node", "1,2", "--steps", "6", "--warm-up", "8", "--repeat", "2"),
 ]
 
 
@@ -76,11 +76,14 @@ def _is_whole(folder: Path, said: str) -> None:
     one, two = found["sizes"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert not any("loss" in flag for entry in (one, two) for flag in entry["flags"])
+    assert sum(two["split"].values()) == pytest.approx(1.0, abs=0.02)
+    assert two["split"]["exposed communication"] > 0
+    assert one["split"]["exposed communication"] == 0
     assert two["speed_up"] == pytest.approx(two["samples_per_s"] / one["samples_per_s"])
     with open(folder / "scale.csv") as stream:
         assert [row["name"] for row in csv.DictReader(stream)] == ["ddp-1x1", "ddp-1x2"]
     page = (folder / "scale.html").read_text()
-    assert page.count("data:image/svg+xml") == 2
+    assert page.count("data:image/svg+xml") == 3
     assert "http" not in page.replace("http-equiv", "")
     assert "PREDICTION of ddp, not measured" in said
     runs = {run.name: run for run in read_offline_runs(folder)}

@@ -50,8 +50,12 @@ def _mix(value: int) -> int:
 
 def row_seeds(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
     """One uint64 seed for each row id, the same for any number of ranks and workers."""
-    key = np.uint64(derive_seed(AUGMENT, seed, epoch))
-    return mix64(mix64(ids.astype(np.uint64)) ^ key)
+    return mix64(mix64(ids.astype(np.uint64)) ^ _augment_key(seed, epoch))
+
+
+@lru_cache(maxsize=4)
+def _augment_key(seed: int, epoch: int) -> np.uint64:
+    return np.uint64(derive_seed(AUGMENT, seed, epoch))
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int, start: int, stop: int) -> np.ndarray:
@@ -137,6 +141,8 @@ def partition(lengths: np.ndarray, world_size: int, micro_batches: int, cap: int
 
 def _balanced_cuts(lengths: list[int], parts: int, cap: int) -> list[tuple[int, int]]:
     """Cut descending `lengths` into `parts` runs of at most `cap`, the largest count * longest being smallest."""
+    if parts == 1 and len(lengths) <= cap:
+        return [(0, len(lengths))]
     low, high = max(1, lengths[0]), max(1, lengths[0]) * cap
     best = _cuts_within(lengths, parts, cap, high)
     while low < high:

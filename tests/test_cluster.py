@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.front_door import TICKET_SETTINGS, dist_train, environment, final_shards, lines, losses, wait_for_step
+from tests.parts import SETTINGS as PART_SETTINGS
+from tests.parts import write_parts
 from tests.slurm_jobs import (
     LONG,
     ON_CPUS,
@@ -99,6 +102,26 @@ def test_an_array_trains_three_seeds_and_each_comes_back_by_itself(cluster: Path
     listed = dist_train(["status", str(folder)], cluster).stdout
     assert [line.split()[:2] for line in listed.splitlines()] == [[f"seed-{index}", "done"] for index in range(3)]
     assert "seed-2: test split" in dist_train(["logs", str(folder / "seed-2")], cluster).stdout
+
+
+@pytest.mark.matrix
+def test_an_array_tests_on_one_fold_after_the_other(cluster: Path) -> None:
+    write_parts(cluster / "parts", count=60)
+    words = [*PART_SETTINGS, *ON_CPUS, "slurm.cpus_per_node=1", "name=folds", "train.steps=5", "eval.every_steps=5"]
+    done = dist_train(["submit", "defect_detection", *words, "--folds", "2", "--gpus-per-node", "1"], cluster)
+    assert done.returncode == 0, done.stderr
+    tested = []
+    for fold in range(2):
+        run = cluster / "runs" / "folds" / f"fold-{fold}"
+        job = json.loads((run / "job.json").read_text())["jobs"][-1]
+        wait_for_state(job, "COMPLETED", "FAILED")
+        assert field(job, "JobState") == "COMPLETED", dist_train(["logs", str(run)], cluster).stdout
+        tested.append(set(pq.read_table(run / "predictions" / "test.parquet")["row"].to_pylist()))
+    assert not tested[0] & tested[1]
+    assert len(tested[0] | tested[1]) == 60
+    none = dist_train(["submit", "ticket_routing", *LONG, *ON_CPUS, "--folds", "2", "--gpus-per-node", "1"], cluster)
+    assert none.returncode == 2
+    assert "data.folds is no known key" in none.stderr
 
 
 @pytest.mark.matrix

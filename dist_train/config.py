@@ -6,6 +6,7 @@ A recipe subclasses RunConfig and narrows `data`, `model` and `task` to its own 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,7 +30,16 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%+=/\[\]-]*$", max_length=512)]
 # Constraints also have operators.
 Constraint = Annotated[str, Field(pattern=r"^[A-Za-z0-9_(\[][A-Za-z0-9_.,:@+=*&|()\[\]-]*$", max_length=512)]
-Time = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,4}(:\d{1,2}){0,2}$")]
+_TIME = r"^(\d+-)?\d{1,4}(:\d{1,2}){0,2}$"
+
+
+def _time_limit(value: Any) -> Any:
+    if isinstance(value, str) and not re.match(_TIME, value):
+        raise ValueError(f"slurm.time is {value}, but must be minutes, HH:MM:SS or D-HH:MM:SS")
+    return value
+
+
+Time = Annotated[str, BeforeValidator(_time_limit), Field(pattern=_TIME)]
 Memory = Annotated[str, Field(pattern=r"^\d+[KMGT]?$")]
 # A line of the script as the site wants it: any characters but a line end or another control character.
 Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=2000)]

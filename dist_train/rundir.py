@@ -219,7 +219,7 @@ def name_taken(path: Path) -> BusyError:
     return BusyError(
         f"the run {path} exists already; nothing in it was touched.\n"
         f"To go on with it:   dist-train resume {path}\n"
-        "To start another:   give it another name=..."
+        "To start another:   give it another name=..., or a script of your own another --name"
     )
 
 

@@ -66,6 +66,8 @@ def run(
 )
 @click.option("--gpu-ids", help="GPUs to use, as indices or UUIDs with commas between.")
 @click.option("--nodes", type=int, help="Same as parallel.nodes=N.")
+@click.option("--gpus-per-node", type=int, help="Same as parallel.processes_per_node=K.")
+@click.option("--strategy", help="Same as parallel.strategy=NAME.")
 @click.option("--node-rank", type=click.IntRange(0), help="Which of several machines this is, from 0.")
 @click.option("--head", metavar="HOST:PORT", help="Where the machines meet: a host of node 0, and a free port there.")
 @click.option("--here", "is_here", is_flag=True, help="On this machine, although it was submitted to Slurm.")
@@ -86,8 +88,9 @@ def resume(
     and train.stop_after_steps can.
     """
     from launcher import start
+    from launcher.handed_in import was_submitted
     from launcher.nodes import place_by_hand
-    from launcher.submit import resubmit, was_submitted
+    from launcher.submit import resubmit
     from launcher.summary import print_summary
 
     words = all_settings(settings, flags, debug)

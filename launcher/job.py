@@ -12,7 +12,7 @@ from typing import Any
 from dist_train.errors import ConfigError, StorageError, ToolkitError, error_for_code
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from launcher import launch, start
-from launcher.array import members_of
+from launcher.handed_in import members_of
 from launcher.meeting import MEETING_S
 from launcher.nodes import Notices, Place, follow
 from slurm.allocation import Allocation, read_allocation

@@ -13,7 +13,7 @@ from typing import IO, Any
 from dist_train.errors import ConfigError, Preempted, error_for_code
 from dist_train.events import read_lines
 from dist_train.rundir import RunDir, read_json
-from launcher.array import MEMBERS, members_of
+from launcher.handed_in import MEMBERS, is_done, lives, members_of, newest_job, state_of
 from launcher.summary import open_console
 from slurm import client
 
@@ -30,11 +30,12 @@ def print_status(path: str) -> None:
     folder the state of each run."""
     if (Path(path) / MEMBERS).is_file():
         for member in members_of(Path(path)):
-            print(f"{member.name}  {_state(member, list(read_lines(member.events)))}")
+            print(f"{member.name}  {_state(member, _of_training(list(read_lines(member.events))))[1]}")
         return
     run = RunDir.any_kind(path)
-    events = list(read_lines(run.events))
-    lines = [("run", str(run.path)), ("state", _state(run, events))]
+    events = _of_training(list(read_lines(run.events)))
+    goes_on, state = _state(run, events)
+    lines = [("run", str(run.path)), ("state", state)]
     steps = read_json(run.plan).get("steps") if run.plan.is_file() else None
     trained = [line for line in read_lines(run.metrics) if line["split"] == "train"]
     if trained:
@@ -43,7 +44,7 @@ def print_status(path: str) -> None:
         rate = statistics.median(line.get("samples_per_s") or 0.0 for line in trained[-_RATE_LINES:])
         if rate:
             batch = read_json(run.plan)["global_batch_size"]
-            left = (steps - last["step"]) * batch / rate if _goes_on(run) else 0.0
+            left = (steps - last["step"]) * batch / rate if goes_on else 0.0
             lines.append(("rate", f"{rate:,.0f} samples/s" + (f", {left / 60:.1f} minutes left" if left else "")))
     starts = [event for event in events if event["event"] == "run_started"]
     lines.append(("starts", f"{len(starts)}"))
@@ -60,13 +61,17 @@ def print_status(path: str) -> None:
 
 def print_logs(path: str, rank: int | None, follows: bool) -> None:
     """What the run has said: the job's or launcher's own output, or one rank's log."""
+    if (Path(path) / MEMBERS).is_file():
+        names = ", ".join(str(member.path) for member in members_of(Path(path)))
+        raise ConfigError(f"{path} holds the runs of an array: name one of them, {names}.")
     run = RunDir.any_kind(path)
     file = run.rank_log(rank) if rank is not None else _output_of(run)
     while follows and not file.is_file() and _goes_on(run):
         time.sleep(_ASK_S)
     if not file.is_file():
         known = ", ".join(each.stem.removeprefix("rank") for each in sorted(run.logs.glob("rank*.log"))) or "none yet"
-        raise ConfigError(f"there is no {file} (yet: -f waits for it); ranks with a log: {known}.")
+        waits = " yet: -f waits for it" if _goes_on(run) else ", and its job has ended: do its nodes see this folder?"
+        raise ConfigError(f"there is no {file}{waits if run.job.is_file() else ''}; ranks with a log: {known}.")
     with open(file, encoding="utf-8", errors="replace") as stream:
         _copy(stream)
         asked = time.monotonic()
@@ -83,13 +88,13 @@ def _output_of(run: RunDir) -> Path:
     if not run.job.is_file():
         return run.rank_log(0)
     job = read_json(run.job)
-    return Path(job["log"]) if "log" in job else run.logs / f"slurm-{job['jobs'][-1]}.log"
+    return Path(job["log"]) if "log" in job else run.logs / f"slurm-{newest_job(run) or 'NONE'}.log"
 
 
 def _goes_on(run: RunDir) -> bool:
     """Whether it waits or runs. What Slurm does not answer now it may answer later."""
     try:
-        return run.is_locked() or _is_running(run)
+        return run.is_locked() or lives(run)
     except client.SlurmError:
         return True
 
@@ -97,10 +102,10 @@ def _goes_on(run: RunDir) -> bool:
 def cancel(path: str) -> None:
     """End a run for good; what is saved stays, and `dist-train resume` goes on with it."""
     run = RunDir(path) if (Path(path) / MEMBERS).is_file() else RunDir.any_kind(path)
-    job = _job(run)
-    if job is not None and not client.has_ended(job):
-        client.cancel(job)
-        print(f"job {job} is cancelled; it saves what it can in the time that the cluster leaves it.")
+    state = state_of(run)
+    if state is not None and not state.has_ended:
+        client.cancel(state.id)
+        print(f"job {state.id} is cancelled; it saves what it can in the time that the cluster leaves it.")
         return
     holder = run.holder()
     if not run.is_locked() or holder is None:
@@ -112,32 +117,40 @@ def cancel(path: str) -> None:
     print(f"process {pid} is told to stop: the step under way is ended and saved.")
 
 
-def _state(run: RunDir, events: list[dict[str, Any]]) -> str:
-    job = _job(run)
+def _of_training(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what evaluations that were asked for later have said: the training is what it was."""
+    later = {event["attempt"] for event in events if event["event"] == "evaluation_started"}
+    return [event for event in events if event.get("attempt") not in later]
+
+
+def _state(run: RunDir, events: list[dict[str, Any]]) -> tuple[bool, str]:
+    """(whether it waits or runs, in words). Slurm, which may be slow to answer, is asked once."""
     try:
-        state = None if job is None or client.has_ended(job) else client.job_state(job)
+        state = state_of(run)
     except client.SlurmError as error:
-        return f"not known: {error}"
-    if state is not None:
-        words = [f"job {job} is {state.state}"]
+        return False, f"{'done, as far as its folder says' if is_done(run) else 'not known'}: {error}"
+    if state is not None and not state.has_ended:
+        words = [f"job {state.id} is {state.state}"]
         words += [f"({state.reason})"] if state.reason else []
         words += [f"on {state.nodes}"] if state.nodes else []
         words += [f"requeued {state.restarts} times"] if state.restarts else []
         words += [f"{state.minutes_left:.0f} minutes to its time limit"] if state.minutes_left is not None else []
-        return ", ".join(words).replace(", (", " (")
+        return True, ", ".join(words).replace(", (", " (")
     if run.is_locked():
-        return "running"
+        return True, "running"
+    if is_done(run):
+        return False, "done"
     ends = [event for event in events if event["event"] in ("run_started", *_ENDS)]
-    if run.report_json.is_file() or (ends and ends[-1]["event"] == "finished"):
-        return "done"
-    if not ends:
-        early = f"job {job} ended before it started the ranks: dist-train logs {run.path}"
-        return "not started" if job is None else early
-    last = ends[-1]
-    if last["event"] == "run_started":
-        return f"interrupted, go on with: dist-train resume {run.path}"
-    stopped = last.get("code") == Preempted.exit_code
-    return f"{'stopped and saved' if stopped else 'failed'}, go on with: dist-train resume {run.path}"
+    if not ends and state is None:
+        return False, "not started"
+    if not ends and state is not None:
+        told = state.state if state.state != "UNKNOWN" else state.reason
+        told += f", {state.reason}" if state.reason not in ("", told) else ""
+        return False, f"job {state.id} ended before it started the ranks ({told}): dist-train logs {run.path}"
+    if ends[-1]["event"] == "run_started":
+        return False, f"interrupted, go on with: dist-train resume {run.path}"
+    stopped = ends[-1].get("code") == Preempted.exit_code
+    return False, f"{'stopped and saved' if stopped else 'failed'}, go on with: dist-train resume {run.path}"
 
 
 def _cause(events: list[dict[str, Any]]) -> str | None:
@@ -150,17 +163,6 @@ def _cause(events: list[dict[str, Any]]) -> str | None:
     told = next((event for event in failed if event["event"] == "attempt_failed"), failed[0])
     kind = error_for_code(told["code"])
     return f"start {last}: {kind.title} (exit code {told['code']}): {str(told['message']).splitlines()[0]}"
-
-
-def _job(run: RunDir) -> str | None:
-    if not run.job.is_file() or not client.is_here():
-        return None
-    return str(read_json(run.job)["jobs"][-1])
-
-
-def _is_running(run: RunDir) -> bool:
-    job = _job(run)
-    return job is not None and not client.has_ended(job)
 
 
 def _copy(stream: IO[str]) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_train import config_io, config_text
+from dist_train import checkpoint_files, config_io, config_text
 from dist_train.config import RunConfig, SlurmConfig
 from dist_train.errors import BusyError, ConfigError
 from dist_train.hardware import Hardware, detect_hardware
 from dist_train.recipe import load_recipe
 from dist_train.rundir import RunDir, read_json, write_atomic, write_json
 from dist_train.start_run import Start, check_deepspeed_base, new_run, print_plan
+from launcher.handed_in import MEMBERS, hand_in, is_done, members_of, state_of
 from launcher.launch import make_launch
 from launcher.measure import measure_profile
 from launcher.preflight import check_imports
@@ -28,6 +29,8 @@ from launcher.start import check_accelerate_base, git_state
 from slurm import client
 from slurm.script import Job, render
 
+# What a time limit must leave.
+_LEAST_S = 120
 # Options of `launch` that a submitted script has not.
 _NOT_GIVEN = dict.fromkeys(("gpu_ids", "offload", "deepspeed_config", "accelerate_config"))
 
@@ -57,7 +60,7 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
         print(script_of(directory, wish, dependency), end="")
         return None
     directory = make_run(recipe_name, overrides, wish)
-    with _removed_on_failure(directory):
+    with removed_on_failure(directory):
         write_atomic(directory.job_script, script_of(directory, wish, dependency))
         hand_in(directory)
     return directory
@@ -68,7 +71,7 @@ def make_run(recipe_name: str, overrides: list[str], wish: Wish) -> RunDir:
     hardware = _cluster_hardware(wish)
     start = new_run(recipe_name, overrides, _check, git_state(), measure=measure_profile, hardware=hardware)
     directory = start.directory
-    with _removed_on_failure(directory):
+    with removed_on_failure(directory):
         own = None if load_recipe(start.config.recipe).is_shipped else Path(start.config.recipe)
         copied = snapshot(directory.code, own if own is not None and own.is_absolute() else None)
         if copied["project"] is not None:
@@ -91,6 +94,8 @@ def submit_evaluation(
         raise ConfigError(f"--checkpoint is {checkpoint}, but must be best, last or a step.")
     config = config_io.resume_overrides(config, overrides) if overrides else config
     wish = replace(wish_of(config, is_dry), nodes=1)
+    if after is None:
+        _check_evaluation(directory, checkpoint)
     words = ("eval", str(directory.path), "--checkpoint", checkpoint)
     script = directory.path / "evaluation.sh"
     text = script_of(directory, wish, dependency, stops_early=False, words=words)
@@ -100,8 +105,21 @@ def submit_evaluation(
     if not directory.code.is_dir():
         snapshot(directory.code, None)
     write_atomic(script, text)
-    print(f"job            {client.submit(script)}: {script}")
+    job = client.submit(script)
+    print(f"job            {job}: {script}")
+    print(f"its output     {directory.logs}/slurm-{job}.log; dist-train status shows the training, not this job")
     return directory
+
+
+def _check_evaluation(directory: RunDir, checkpoint: str) -> None:
+    """What would fail when the job starts, unless it starts after another one."""
+    state = state_of(directory)
+    if state is not None and not state.has_ended:
+        raise BusyError(f"the job {state.id} of {directory.path} waits or runs: add --after {directory.path}.")
+    steps = checkpoint_files.committed_steps(directory.checkpoints)
+    if not steps or (checkpoint.isdigit() and int(checkpoint) not in steps):
+        known = ", ".join(map(str, sorted(steps))) or "none"
+        raise ConfigError(f"--checkpoint is {checkpoint}, but {directory.path} has these steps: {known}.")
 
 
 def submit_script(
@@ -111,7 +129,11 @@ def submit_script(
     slurm.KEY=VALUE, then the script's own arguments."""
     check_imports()
     settings = list(itertools.takewhile(lambda word: word.startswith("slurm."), words))
-    command = [*target, *words[len(settings) :]]
+    own = words[len(settings) :]
+    late = [word for word in own if re.match(r"slurm\.\w+=", word)]
+    if late:
+        raise ConfigError(f"{late[0]} comes after {own[0]}: settings slurm.KEY=VALUE go before the script's arguments.")
+    command = [*target, *own]
     dependency = None if after is None else dependency_on(after)
     slurm = config_io.slurm_settings(settings)
     if flags["gpus_per_node"] is None:
@@ -127,7 +149,7 @@ def submit_script(
         print(script_of(directory, wish, dependency, stops_early=False), end="")
         return None
     directory.create(launch.files)
-    with _removed_on_failure(directory):
+    with removed_on_failure(directory):
         is_module = command[0] == "-m"
         copied = snapshot(directory.code, Path.cwd() if is_module else Path(command[0]))
         moved = command if is_module else [copied["project"], *command[1:]]
@@ -137,17 +159,6 @@ def submit_script(
         write_atomic(directory.job_script, script_of(directory, wish, dependency, stops_early=False))
         hand_in(directory)
     return directory
-
-
-def hand_in(directory: RunDir, accept: Sequence[str] = ()) -> str:
-    """Submit the script of a run directory. Returns the job's id. accept: what may have changed, as in `resume`."""
-    earlier = read_json(directory.job)["jobs"] if directory.job.is_file() else []
-    job_id = client.submit(directory.job_script)
-    record = {"jobs": [*earlier, job_id], "submitted": round(time.time(), 3), "accept": list(accept)}
-    write_json(directory.job, record)
-    print(f"job            {job_id}: {directory.job_script}")
-    print(f"follow it      dist-train status {directory.path}, dist-train logs -f {directory.path}", flush=True)
-    return job_id
 
 
 def script_of(
@@ -180,16 +191,12 @@ def script_of(
     )
 
 
-def was_submitted(path: str) -> bool:
-    return RunDir(path).job.is_file()
-
-
 def resubmit(path: str, overrides: list[str], accept: list[str]) -> RunDir:
     """Submit a run again that was submitted before and is no more. BusyError while its job waits or runs."""
     directory = RunDir.any_kind(path)
-    job = newest_job(directory)
-    if not client.has_ended(job):
-        raise BusyError(f"the job {job} of {directory.path} waits or runs: nothing was touched. Stop it with "
+    state = state_of(directory)
+    if state is not None and not state.has_ended:
+        raise BusyError(f"the job {state.id} of {directory.path} waits or runs: nothing was touched. Stop it with "
                         f"dist-train cancel {directory.path}, or wait.")  # fmt: skip
     if not directory.config.is_file():
         if overrides:
@@ -208,17 +215,22 @@ def resubmit(path: str, overrides: list[str], accept: list[str]) -> RunDir:
     return directory
 
 
-def newest_job(directory: RunDir) -> str:
-    jobs: list[str] = read_json(directory.job)["jobs"]
-    return jobs[-1]
-
-
-def dependency_on(run: str) -> str:
-    """The dependency of a job that is to start when the run at this path has gone well."""
+def dependency_on(run: str) -> str | None:
+    """The dependency of a job that is to start when the run at this path has gone well; None when it has by now."""
     directory = RunDir(run)
     if not directory.job.is_file():
         raise ConfigError(f"--after is {run}, which was not submitted to Slurm: it has no {directory.job.name}.")
-    return f"afterok:{newest_job(directory)}"
+    state = state_of(directory)
+    if state is not None and not state.has_ended:
+        return f"afterok:{state.id}"
+    each = members_of(directory.path) if (directory.path / MEMBERS).is_file() else [directory]
+    undone = [member.path for member in each if not is_done(member)]
+    if undone:
+        raise ConfigError(
+            f"--after is {run}, whose job has ended without {undone[0]} being done: nothing would be waited for. "
+            f"Go on with it first: dist-train resume {undone[0]}"
+        )
+    return None
 
 
 def check_room(wish: Wish) -> None:
@@ -228,10 +240,11 @@ def check_room(wish: Wish) -> None:
     if asked is not None and "," in asked:
         return  # Slurm takes whichever has room
     time_asked = 0 if wish.slurm.time is None else client.minutes(wish.slurm.time)
-    if wish.slurm.time is not None and 60 * time_asked <= wish.slurm.stop_early_s:
+    if wish.slurm.time is not None and 60 * time_asked < wish.slurm.stop_early_s + _LEAST_S:
         raise ConfigError(
-            f"slurm.stop_early_s is {wish.slurm.stop_early_s}, which is no less than slurm.time, {wish.slurm.time}: "
-            "lower the one or raise the other."
+            f"slurm.time is {wish.slurm.time} and slurm.stop_early_s is {wish.slurm.stop_early_s}, which leaves less "
+            f"than {_LEAST_S} s for the start and the training, since Slurm may be a minute early: raise the one or "
+            "lower the other."
         )
     name = asked or next((partition.name for partition in found.values() if partition.is_default), None)
     if name is None or name not in found:
@@ -292,11 +305,14 @@ def _check(start: Start) -> None:
 
 
 @contextlib.contextmanager
-def _removed_on_failure(directory: RunDir) -> Iterator[None]:
-    """The directory goes again when what follows fails: nothing was trained, and its name is to be free."""
+def removed_on_failure(directory: RunDir) -> Iterator[None]:
+    """The directory goes again when what follows fails: nothing was trained, and its name is to be free. Not where a
+    job has it, or may have."""
     try:
         yield
+    except client.NoAnswerError:
+        raise
     except BaseException:
-        if not directory.job.is_file():
+        if not directory.job.is_file() or not read_json(directory.job)["jobs"]:
             shutil.rmtree(directory.path, ignore_errors=True)
         raise

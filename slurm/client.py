@@ -40,12 +40,22 @@ class JobState:
     nodes: str
     restarts: int
     minutes_left: float | None
+    id: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it neither runs nor waits any more."""
+        return self.state in _ENDED
 
 
 class SlurmError(ToolkitError):
     """A command of Slurm failed."""
 
     title = "Slurm error"
+
+
+class NoAnswerError(SlurmError):
+    """A command of Slurm was given up on; what it was to do may be done."""
 
 
 def is_here() -> bool:
@@ -96,14 +106,32 @@ def partitions() -> list[Partition]:
     return list(found.values())
 
 
-def job_state(job_id: str) -> JobState:
-    """Of a job, of one task of an array, or of an array."""
+def find(script: Path) -> str | None:
+    """The id of the newest of this user's jobs that waits or runs with this script."""
+    lines = [line.partition("|") for line in _call(["squeue", "-h", "--me", "-o", "%i|%o"]).splitlines()]
+    found = [job_id for job_id, _, command in lines if command == str(script)]
+    return max(found, key=lambda job_id: int(job_id.partition("_")[0]), default=None)
+
+
+def most_in_an_array() -> int:
+    """The largest index of an array, and one."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call(["scontrol", "show", "config"]), flags=re.MULTILINE)
+    return int(match[1]) if match else _UNLIMITED
+
+
+def job_state(job_id: str, script: Path) -> JobState:
+    """Of a job, of one task of an array, or of an array, that was handed in as this script."""
     try:
         text = _call(["scontrol", "show", "job", job_id, "-o"])
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return JobState("UNKNOWN", "Slurm has forgotten it", "", 0, None)
+    except NoAnswerError:
         raise
+    except SlurmError as error:
+        if "Invalid job id" in str(error) or "not found" in str(error):
+            return JobState("UNKNOWN", "Slurm has forgotten it", "", 0, None, job_id)
+        raise
+    command = re.search(r" Command=(.*?) WorkDir=", text)
+    if command is None or command[1] != str(script):
+        return JobState("UNKNOWN", "Slurm has given its number to another job", "", 0, None, job_id)
     every = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines() if line]
     # Of an array the first task that has not ended.
     fields = next((each for each in every if each.get("JobState") not in _ENDED), every[0])
@@ -116,12 +144,8 @@ def job_state(job_id: str) -> JobState:
         nodes="" if fields.get("NodeList") in (None, "(null)") else fields["NodeList"],
         restarts=int(fields.get("Restarts", "0")),
         minutes_left=float(limit - run) if running else None,
+        id=job_id,
     )
-
-
-def has_ended(job_id: str) -> bool:
-    """Whether the job neither runs nor waits any more."""
-    return job_state(job_id).state in _ENDED
 
 
 def host_names(nodelist: str) -> list[str]:
@@ -150,14 +174,15 @@ def _gpus(gres: str) -> int:
 def _call(command: list[str]) -> str:
     """What a command of Slurm prints. SlurmError with its own words."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        # A session of its own: Ctrl-C is for us to hear, not for a command that may be half done.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, start_new_session=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{command[0]} cannot be found: this machine has no Slurm; use `dist-train run`.") from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(
+        raise NoAnswerError(
             f"{command[0]} did not answer within {_TIMEOUT_S:.0f} s: is the cluster's controller up?"
         ) from error
     if done.returncode != 0:
-        words = done.stderr.strip() or f"exit status {done.returncode}"
+        words = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         raise SlurmError(f"{' '.join(command[:2])} failed: {words}")
     return done.stdout

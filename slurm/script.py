@@ -97,7 +97,8 @@ def render(job: Job, slurm: SlurmConfig) -> str:
     options = "".join(f"#SBATCH {name}{_value(value)}\n" for name, value in _options(job, slurm))
     variables = {**slurm.environment, "PYTHONSAFEPATH": "1"}
     lines = [
-        *(f"module load {shlex.quote(module)}" for module in slurm.modules),
+        # What trains in another environment than was asked for is worse than what does not train.
+        *(f"module load {shlex.quote(module)} || exit 2" for module in slurm.modules),
         *slurm.setup,
         *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
         f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -13,7 +13,7 @@
 #SBATCH --exclusive
 #SBATCH --comment="ticket routing"
 
-module load cuda/12.8
+module load cuda/12.8 || exit 2
 export NCCL_IB_HCA=mlx5
 export PYTHONSAFEPATH=1
 export PYTHONPATH=/runs/first/code${PYTHONPATH:+:$PYTHONPATH}

@@ -40,6 +40,15 @@ def detect_hardware() -> Hardware:
     )
 
 
+def machine_id() -> str:
+    """The same for all that runs on one machine, whatever name it has there; another one after each boot."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            return stream.read().strip()
+    except OSError:
+        return platform.node()
+
+
 def visible_gpus(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
     """Filter and order by CUDA_VISIBLE_DEVICES: indices or (prefixes of) UUIDs; as in CUDA, the first unknown
     entry hides itself and all that follow."""

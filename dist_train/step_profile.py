@@ -78,12 +78,14 @@ def _wait(device: torch.device) -> None:
 
 
 def _summary(profiler: Any, device: torch.device) -> dict[str, Any]:
-    """Seconds by phase, of communication, and of it what nothing else was computed beside; the longest operations."""
+    """Seconds of communication, and of it what nothing was computed beside; by phase what is left; the longest
+    operations."""
     events = [event for event in profiler.events() if event.time_range.end > event.time_range.start]
     on_device = device.type == "cuda"
     communication, compute = _split(events, on_device)
-    phases = {phase: _seconds(_spans(e for e in events if e.name == f"phase:{phase}")) for phase in _PHASES}
-    phases["backward"] -= phases["forward"]  # which it calls
+    exposed = _without(communication, compute)
+    spans = {phase: _spans(event for event in events if event.name == f"phase:{phase}") for phase in _PHASES}
+    spans["backward"] = _without(spans["backward"], spans["forward"])  # which it calls
     whole = [event.time_range for event in events]
     averages = profiler.key_averages()
     key = "self_device_time_total" if on_device else "self_cpu_time_total"
@@ -91,9 +93,9 @@ def _summary(profiler: Any, device: torch.device) -> dict[str, Any]:
     return {
         "steps": sum(event.name == "phase:optimizer" for event in events),
         "seconds": (max(each.end for each in whole) - min(each.start for each in whole)) / 1e6,
-        "phases_s": phases,
+        "phases_s": {phase: _seconds(_without(own, exposed)) for phase, own in spans.items()},
         "communication_s": _seconds(communication),
-        "exposed_communication_s": _seconds(communication) - _overlap(communication, compute),
+        "exposed_communication_s": _seconds(exposed),
         "operations": [
             {"name": each.key, "calls": each.count, "seconds": getattr(each, key) / 1e6}
             for each in longest[:_MOST_OPERATIONS]
@@ -127,13 +129,19 @@ def _seconds(spans: Iterable[Span]) -> float:
     return sum(end - start for start, end in spans) / 1e6
 
 
-def _overlap(first: list[Span], second: list[Span]) -> float:
-    """Seconds that lie in both."""
-    total, place = 0.0, 0
+def _without(first: list[Span], second: list[Span]) -> list[Span]:
+    """What of `first` lies outside `second`."""
+    result: list[Span] = []
+    place = 0
     for start, end in first:
-        while place and second[place - 1][1] > start:
-            place -= 1
-        while place < len(second) and second[place][0] < end:
-            total += max(0.0, min(end, second[place][1]) - max(start, second[place][0]))
+        while place < len(second) and second[place][1] <= start:
             place += 1
-    return total / 1e6
+        here = place
+        while here < len(second) and second[here][0] < end:
+            if second[here][0] > start:
+                result.append((start, second[here][0]))
+            start = max(start, second[here][1])
+            here += 1
+        if start < end:
+            result.append((start, end))
+    return result

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dist_train.errors import CrashError, Preempted, StorageError, ToolkitError, error_for_code
 from dist_train.events import current_attempt, log_event, read_lines
+from dist_train.hardware import machine_id
 from dist_train.heartbeat import Heartbeat, waited_in_vain
 from dist_train.rank_environment import settle_environment, settle_rank_variables
 from dist_train.rank_process import die_with_launcher, own_run, redirect_output
@@ -64,7 +65,8 @@ def run_attempt(path: str, arguments: list[str]) -> int:
     die_with_launcher()
     redirect_output(run.rank_log(rank))
     heartbeat = Heartbeat(run, rank)
-    log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), host=os.uname().nodename)
+    host = {"host": os.uname().nodename, "machine": machine_id()}
+    log_event(run.events, "rank_started", attempt=attempt, rank=rank, pid=os.getpid(), **host)
     try:
         run_rank(run, attempt, stop, heartbeat, tuple(arguments))
     except ToolkitError as error:

@@ -7,7 +7,9 @@ import socket
 import sys
 
 from dist_train import config_io
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, error_for_code
+from dist_train.events import read_lines
+from dist_train.rundir import RunDir, read_json, write_json
 from launcher.submit import make_run, wish_anywhere
 from slurm import client
 from slurm.allocation import read_allocation
@@ -31,6 +33,20 @@ def in_foreign_allocation() -> bool:
 
 def run_in_allocation(recipe_name: str, overrides: list[str]) -> None:
     """Make the run, and train it on the nodes of the allocation: one srun, one launcher a node."""
+    sys.exit(_step(recipe_name, overrides, ())[1])
+
+
+def check_in_allocation(recipe_name: str, overrides: list[str], argument: str) -> RunDir:
+    """As start.run_for_a_check, on the nodes of the allocation. Raises why it ended badly."""
+    directory, code = _step(recipe_name, overrides, (argument,))
+    if code != 0:
+        told = [event for event in read_lines(directory.events) if event["event"] in ("attempt_failed", "failed")]
+        raise error_for_code(code)(str(told[-1]["message"]) if told else f"srun ended with exit code {code}.")
+    return directory
+
+
+def _step(recipe_name: str, overrides: list[str], arguments: tuple[str, ...]) -> tuple[RunDir, int]:
+    """arguments: for the ranks. Returns the run, and the exit code of its srun."""
     allocation = read_allocation()
     assert allocation is not None
     config = config_io.load(recipe_name, overrides).config
@@ -41,6 +57,9 @@ def run_in_allocation(recipe_name: str, overrides: list[str]) -> None:
         )
     wish = wish_anywhere(config)
     directory = make_run(recipe_name, overrides, wish)
+    if arguments:
+        write_json(directory.planned, {**read_json(directory.planned), "arguments": list(arguments)})
     python = wish.slurm.python or sys.executable
     words = [*step_words(wish.nodes, wish.slurm), python, "-P", "-u", "-m", "launcher", "node", str(directory.path)]
-    sys.exit(client.run_step(words, {**os.environ, "PYTHONPATH": str(directory.code), "PYTHONSAFEPATH": "1"}))
+    variables = {**os.environ, "PYTHONPATH": str(directory.code), "PYTHONSAFEPATH": "1"}
+    return directory, client.run_step(words, variables)

@@ -99,7 +99,7 @@ def node(run_dir: str, index: int | None) -> None:
     from launcher.summary import print_summary
 
     run = run_node(run_dir, index)
-    if run is not None:
+    if run is not None and run.report_json.is_file():  # a training that was only timed has none
         print_summary(run)
 
 

@@ -25,6 +25,7 @@ from dist_train.rundir import RunDir, read_json, write_json
 from dist_train.scaling import Repeat, Size, fit, summarise
 from dist_train.track_study import track_study
 from launcher import scale_report
+from launcher.allocated import check_in_allocation, in_foreign_allocation
 from launcher.start import git_state, run_for_a_check
 from launcher.study import study_folder
 
@@ -117,18 +118,19 @@ def _numbers(option: str, text: str) -> list[int]:
 def _check(asked: Asked, config: RunConfig, hardware: Hardware) -> None:
     if asked.warm_up < _LEAST_WARM_UP:
         raise ConfigError(f"--warm-up is {asked.warm_up}, but the first {_LEAST_WARM_UP} steps are not like the rest.")
-    several = [size for size in asked.sizes if size.nodes > 1]
-    if several:
-        raise ConfigError(
-            f"--nodes asks for {several[0].nodes} machines, but this is one: ranks of one machine are no nodes. Give "
-            "--gpus-per-node alone, or type it on each cluster size inside an allocation."
-        )
     most = max(size.ranks for size in asked.sizes)
-    there = len(hardware.gpus) or hardware.cores
-    if most > there:
-        what = "GPUs" if hardware.gpus else "cores"
-        raise ConfigError(f"--gpus-per-node asks for {most} ranks, but there are {there} {what}: ranks that share one "
-                          "tell nothing about scaling.")  # fmt: skip
+    several = [size for size in asked.sizes if size.nodes > 1]
+    if not in_foreign_allocation():
+        if several:
+            raise ConfigError(
+                f"--nodes asks for {several[-1].nodes} machines, but this is one: ranks of one machine are no nodes. "
+                f"Type it inside an allocation: salloc -N{several[-1].nodes} dist-train scale ..."
+            )
+        there = len(hardware.gpus) or hardware.cores
+        if most > there:
+            what = "GPUs" if hardware.gpus else "cores"
+            raise ConfigError(f"--gpus-per-node asks for {most} ranks, but there are {there} {what}: ranks that share "
+                              "one tell nothing about scaling.")  # fmt: skip
     if config.train.global_batch_size < most and asked.mode == "strong":
         raise ConfigError(
             f"train.global_batch_size is {config.train.global_batch_size}, fewer than the {most} ranks of the largest "
@@ -166,7 +168,7 @@ def _measure_all(asked: Asked, folder: Path, config: RunConfig, hardware: Hardwa
             try:
                 with _environment(_variables(asked, hardware)):
                     words = [f"train.profile={_PROFILED_STEPS}"] if repeat == 0 else []
-                    run_for_a_check(asked.recipe, [*_settings_of(asked, config, size, run), *words], "--speed")
+                    _time(asked.recipe, [*_settings_of(asked, config, size, run), *words])
                     measured = _read(run, asked, state)
                     if _has_dropout(config):
                         loss = _loss_without_dropout(asked, config, size, folder) if repeat == 0 else None
@@ -182,6 +184,11 @@ def _measure_all(asked: Asked, folder: Path, config: RunConfig, hardware: Hardwa
     return failed
 
 
+def _time(recipe: str, words: list[str]) -> None:
+    """Train without a report: here, or on the nodes of the allocation that this is typed in."""
+    (check_in_allocation if in_foreign_allocation() else run_for_a_check)(recipe, words, "--speed")
+
+
 def _has_dropout(config: RunConfig) -> bool:
     return bool(getattr(config.model, "dropout", 0))
 
@@ -191,7 +198,7 @@ def _loss_without_dropout(asked: Asked, config: RunConfig, size: Size, folder: P
     few = replace(asked, warm_up=0, steps=_COMPARED_STEPS)
     run = RunDir(folder / f"{size.name}-loss")
     shutil.rmtree(run.path, ignore_errors=True)
-    run_for_a_check(asked.recipe, [*_settings_of(few, config, size, run), "model.dropout=0"], "--speed")
+    _time(asked.recipe, [*_settings_of(few, config, size, run), "model.dropout=0"])
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     last = max((line for line in read_lines(run.metrics) if line["split"] == "train"), key=lambda line: line["step"])
     return float(last["loss"])
@@ -274,7 +281,8 @@ def _read(run: RunDir, asked: Asked, state: dict[str, Any]) -> Repeat:
     samples = np.diff([line["samples"] for line in (*before, *lines)])
     step_s = samples / np.array([line["samples_per_s"] for line in lines])
     memory = read_json(run.path / "memory.json") if (run.path / "memory.json").is_file() else None
-    hosts = [record for record in read_lines(run.events) if record["event"] == "rank_started"]
+    files = [run.events, *run.logs.glob("events-node*.jsonl")]
+    started = [record for file in files for record in read_lines(file) if record["event"] == "rank_started"]
     return Repeat(
         step_s=tuple(step_s.tolist()),
         samples=int(samples.sum()),
@@ -285,7 +293,7 @@ def _read(run: RunDir, asked: Asked, state: dict[str, Any]) -> Repeat:
         memory_gib=lines[-1]["memory_gib"] if memory is None else memory["measured"] / 2**30,
         predicted_gib=None if memory is None else memory["predicted"]["peak"] / 2**30,
         split=_split(run),
-        shares_one_host=len({record["host"] for record in hosts}) == 1,
+        shares_one_host=len({record["machine"] for record in started}) == 1,
         **state,
     )
 
@@ -298,9 +306,7 @@ def _split(run: RunDir) -> dict[str, float] | None:
     parts = [{**rank["phases_s"], "exposed communication": rank["exposed_communication_s"]} for rank in ranks]
     shares = {name: sum(part[name] / rank["seconds"] for part, rank in zip(parts, ranks, strict=True)) / len(ranks)
               for name in parts[0]}  # fmt: skip
-    # Ranks wait for each other in the backward pass, or at the step's end.
-    shares["backward"] = max(0.0, shares["backward"] - shares["exposed communication"])
-    return {**shares, "rest": max(0.0, 1.0 - sum(shares.values()))}
+    return {**shares, "rest": 1.0 - sum(shares.values())}
 
 
 def _clock_mhz() -> float | None:

@@ -71,7 +71,8 @@ def train_in_job(directory: RunDir, place: Place | None, notices: Notices | None
     stop = StopFlag()
     job = read_json(directory.job) if directory.job.is_file() else {}
     accept = job.get("accept", [])
-    arguments = tuple(f"--accept={word}" for word in accept)
+    planned = read_json(directory.planned) if directory.planned.is_file() else {}
+    arguments = (*(f"--accept={word}" for word in accept), *planned.get("arguments", []))
     # What trained in it before the job came back may still be ending on another node.
     with leading(place, [str(directory.path)], notices) as team, stop.installed(), directory.locked(LET_GO_S):
         start = known_run(directory, [], accept, lambda start: _check_planned(start, team), measure=measure_profile)

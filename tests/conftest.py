@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,9 +20,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes first: a worker that begins with one at the end would let the others wait."""
-    order = ("cluster", "front_door", "ranks")
-    items.sort(key=lambda item: next((i for i, name in enumerate(order) if item.get_closest_marker(name)), len(order)))
+    """Files that take minutes first, those that wait for processes and those that compute in turns: a worker that
+    begins a long file at the end lets the others wait, and workers that all compute slow each other down."""
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(str(item.path), []).append(item)
+    kinds: dict[str, list[list[pytest.Item]]] = {"waits": [], "computes": [], "short": []}
+    for own in files.values():
+        marks = {mark.name for item in own for mark in item.iter_markers()}
+        kind = "waits" if {"cluster", "front_door"} & marks else "computes" if "ranks" in marks else "short"
+        kinds[kind].append(own)
+    longest = itertools.zip_longest(kinds["waits"], kinds["computes"], fillvalue=[])
+    items[:] = itertools.chain(*itertools.chain(*longest), *kinds["short"])
 
 
 @pytest.fixture(scope="session")

@@ -160,29 +160,36 @@ def test_zero2_trains_the_same_and_is_evaluated_by_a_dependent_job(cluster: Path
     assert field(evaluation[1], "JobState") == "COMPLETED", next(run.glob("logs/slurm-*.log")).read_text()
 
 
+def _in_an_allocation(desk: Path, nodes: int, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["salloc", f"-N{nodes}", "--cpus-per-task=2", "--time=10", sys.executable, "-m", "launcher", *command],
+        cwd=desk,
+        env=environment(desk, PYTHONPATH=str(SCRIPTS.parent.parent)),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 @pytest.mark.matrix
 def test_an_allocation_is_used_by_run(cluster: Path) -> None:
     words = [*TICKET_SETTINGS, "train.steps=20", "eval.every_steps=20", "slurm.gpus=none", "name=allocated"]
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "run",
-        "ticket_routing",
-        *words,
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "1",
-    ]
-    done = subprocess.run(
-        ["salloc", "-N2", "--cpus-per-task=2", "--time=10", *command],
-        cwd=cluster,
-        env=environment(cluster, PYTHONPATH=str(SCRIPTS.parent.parent)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = _in_an_allocation(cluster, 2, "run", "ticket_routing", *words, "--nodes", "2", "--gpus-per-node", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "n1: ranks 0 to 0; n2: ranks 1 to 1" in done.stdout
     assert (cluster / "runs" / "allocated" / "report.html").is_file()
+
+
+@pytest.mark.matrix
+def test_nodes_that_share_one_machine_are_marked_in_a_scaling_study(cluster: Path) -> None:
+    words = [*TICKET_SETTINGS, "model.dropout=0", "slurm.gpus=none", "name=nodes", "--nodes", "1,2,4"]
+    words += ["--gpus-per-node", "1", "--steps", "4", "--warm-up", "8", "--repeat", "1"]
+    done = _in_an_allocation(cluster, 4, "scale", "ticket_routing", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, *several = json.loads((cluster / "runs" / "nodes" / "scale.json").read_text())["sizes"]
+    assert [entry["nodes"] for entry in several] == [2, 4]
+    assert not any("share one host" in flag for flag in one["flags"])
+    for entry in several:
+        assert f"its {entry['nodes']} nodes share one host: this is no scaling over machines" in entry["flags"]
+        assert entry["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert "share one host" in (cluster / "runs" / "nodes" / "scale.html").read_text()

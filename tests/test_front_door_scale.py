@@ -76,7 +76,8 @@ def _is_whole(folder: Path, said: str) -> None:
     one, two = found["sizes"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert not any("loss" in flag for entry in (one, two) for flag in entry["flags"])
-    assert sum(two["split"].values()) == pytest.approx(1.0, abs=0.02)
+    assert sum(two["split"].values()) == pytest.approx(1.0)
+    assert min(two["split"].values()) >= 0
     assert two["split"]["exposed communication"] > 0
     assert one["split"]["exposed communication"] == 0
     assert two["speed_up"] == pytest.approx(two["samples_per_s"] / one["samples_per_s"])

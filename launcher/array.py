@@ -58,10 +58,10 @@ def _submit(folder: Path, members: Sequence[Member], wish: Wish, is_dry: bool, a
     most = client.most_in_an_array()
     if len(members) > most:
         raise ConfigError(f"an array of {len(members)} runs is asked for, but this cluster has at most {most} in one.")
-    if array.job.is_file() and lives(array):
+    if lives(array):
         raise BusyError(f"the array of {folder} waits or runs: nothing was touched.")
     for member in members:
-        if member.run.job.is_file() and lives(member.run):
+        if lives(member.run):
             raise BusyError(f"{member.run.path} waits or runs in a job of its own: wait, or dist-train cancel it.")
     for member in members:
         if member.run.config.is_file() and not member.has_its_settings():

@@ -68,9 +68,11 @@ def lives(run: RunDir) -> bool:
 
 
 def is_done(run: RunDir) -> bool:
-    """Whether it has its report; a script, whether it has ended well."""
-    ends = [event["event"] for event in read_lines(run.events) if event["event"] in ("run_started", "finished")]
-    return run.report_json.is_file() if run.config.is_file() else ends[-1:] == ["finished"]
+    """Whether it has its report, or its last start has ended well: a script has no report, nor has what was timed."""
+    events = list(read_lines(run.events))
+    last = [event["attempt"] for event in events if event["event"] == "run_started"][-1:]
+    ended = [event["attempt"] for event in events if event["event"] == "finished"]
+    return run.report_json.is_file() or (bool(last) and last[0] in ended)
 
 
 def members_of(folder: Path) -> list[RunDir]:

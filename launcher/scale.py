@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -175,7 +174,7 @@ def _measure_all(asked: Asked, folder: Path, config: RunConfig, hardware: Hardwa
                         measured = replace(measured, loss=loss)
                 write_json(_result(run), {**asdict(measured), "size": size.name})
             except (Preempted, BusyError):
-                print(f"\nGo on with the study: {_again(asked, folder)}", file=sys.stderr)
+                print(f"\nGo on with the study {folder}: the same command with --resume", file=sys.stderr)
                 raise
             except ToolkitError as error:
                 failed[run.name] = error
@@ -202,10 +201,6 @@ def _loss_without_dropout(asked: Asked, config: RunConfig, size: Size, folder: P
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     last = max((line for line in read_lines(run.metrics) if line["split"] == "train"), key=lambda line: line["step"])
     return float(last["loss"])
-
-
-def _again(asked: Asked, folder: Path) -> str:
-    return f"the same command with --resume ({shlex.join(['dist-train', 'scale', asked.recipe])} ..., {folder})"
 
 
 def _settings_of(asked: Asked, config: RunConfig, size: Size, run: RunDir) -> list[str]:

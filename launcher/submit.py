@@ -60,7 +60,7 @@ def submit_recipe(recipe_name: str, overrides: list[str], is_dry: bool, after: s
         print(script_of(directory, wish, dependency), end="")
         return None
     directory = make_run(recipe_name, overrides, wish)
-    with removed_on_failure(directory):
+    with _removed_on_failure(directory):
         write_atomic(directory.job_script, script_of(directory, wish, dependency))
         hand_in(directory)
     return directory
@@ -71,7 +71,7 @@ def make_run(recipe_name: str, overrides: list[str], wish: Wish) -> RunDir:
     hardware = _cluster_hardware(wish)
     start = new_run(recipe_name, overrides, _check, git_state(), measure=measure_profile, hardware=hardware)
     directory = start.directory
-    with removed_on_failure(directory):
+    with _removed_on_failure(directory):
         own = None if load_recipe(start.config.recipe).is_shipped else Path(start.config.recipe)
         copied = snapshot(directory.code, own if own is not None and own.is_absolute() else None)
         if copied["project"] is not None:
@@ -149,7 +149,7 @@ def submit_script(
         print(script_of(directory, wish, dependency, stops_early=False), end="")
         return None
     directory.create(launch.files)
-    with removed_on_failure(directory):
+    with _removed_on_failure(directory):
         is_module = command[0] == "-m"
         copied = snapshot(directory.code, Path.cwd() if is_module else Path(command[0]))
         moved = command if is_module else [copied["project"], *command[1:]]
@@ -305,7 +305,7 @@ def _check(start: Start) -> None:
 
 
 @contextlib.contextmanager
-def removed_on_failure(directory: RunDir) -> Iterator[None]:
+def _removed_on_failure(directory: RunDir) -> Iterator[None]:
     """The directory goes again when what follows fails: nothing was trained, and its name is to be free. Not where a
     job has it, or may have."""
     try:
